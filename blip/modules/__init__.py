@@ -1,0 +1,1 @@
+import blip._torchvision  # noqa: F401
