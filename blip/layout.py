@@ -14,11 +14,13 @@ class TextLayout:
     """The places of T packed tokens on a grid of R texts by L positions.
 
     Linear layers and norms see `[T, D]`, only real tokens; attention sees `[R, L, D]`. `index` [T] is the place of each
-    packed token in the flattened grid (R * L), `mask` [R, L] is True where the grid holds a token.
+    packed token in the flattened grid (R * L), `mask` [R, L] is True where the grid holds a token, `firsts` [R] is the
+    place of each text's first token among the packed ones.
     """
 
     index: Tensor
     mask: Tensor
+    firsts: Tensor
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], longest: int | None = None) -> TextLayout:
@@ -26,8 +28,19 @@ class TextLayout:
         width = max(lengths) if longest is None else longest
         if min(lengths) < 1 or max(lengths) > width:
             raise ValueError(f"texts of {min(lengths)} to {max(lengths)} tokens do not fit a grid {width} wide")
-        mask = torch.arange(width) < torch.as_tensor(lengths)[:, None]  # [R, L]
-        return cls(mask.flatten().nonzero().flatten(), mask)
+        sizes = torch.as_tensor(lengths)
+        mask = torch.arange(width) < sizes[:, None]  # [R, L]
+        return cls(mask.flatten().nonzero().flatten(), mask, sizes.cumsum(0) - sizes)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> TextLayout:
+        """The layout of a grid taken whole, [R, L]: places that hold no token are computed too, and never looked at.
+
+        For texts chosen on the device, whose lengths the host does not know.
+        """
+        rows, longest = mask.shape
+        everywhere = torch.arange(rows * longest, device=mask.device)
+        return cls(everywhere, mask, everywhere[::longest])
 
     @property
     def rows(self) -> int:
@@ -36,12 +49,6 @@ class TextLayout:
     @property
     def longest(self) -> int:
         return self.mask.shape[1]
-
-    @property
-    def firsts(self) -> Tensor:
-        """Place of each text's first token among the packed ones, [R]."""
-        lengths = self.mask.sum(1)
-        return lengths.cumsum(0) - lengths
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [R, L, ...], zero where no token sits."""
@@ -52,9 +59,35 @@ class TextLayout:
         """[R, L, ...] -> [T, ...]."""
         return grid.flatten(0, 1).index_select(0, self.index)
 
+    def beside(self, other: TextLayout) -> TextLayout:
+        """Text r of both next to each other, 2R rows; packed, all tokens of this layout come before those of the other.
+
+        Two texts that look at one picture lie side by side, so that they fold into one row of queries.
+        """
+        width = max(self.longest, other.longest)
+
+        def place(layout: TextLayout, offset: int) -> Tensor:
+            row, column = layout.index // layout.longest, layout.index % layout.longest
+            return (2 * row + offset) * width + column
+
+        def widen(mask: Tensor) -> Tensor:
+            return torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
+
+        mask = torch.stack([widen(self.mask), widen(other.mask)], dim=1).flatten(0, 1)  # [2R, L]
+        index = torch.cat([place(self, 0), place(other, 1)])
+        return TextLayout(index, mask, torch.cat([self.firsts, other.firsts + self.index.shape[0]]))
+
+    def followed(self) -> Tensor:
+        """Places of the packed tokens that another token of their text follows, [T - R]; no wait for the device.
+
+        Only for layouts made by `from_lengths`, whose texts follow each other.
+        """
+        ends = (self.mask.sum(1) - 1).cumsum(0)  # [R]
+        place = torch.arange(self.index.shape[0] - self.rows, device=self.index.device)
+        return place + torch.searchsorted(ends, place, right=True)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextLayout:
-        move = {"device": device, "non_blocking": non_blocking}
-        return TextLayout(self.index.to(**move), self.mask.to(**move))
+        return TextLayout(*(t.to(device, non_blocking=non_blocking) for t in (self.index, self.mask, self.firsts)))
 
     def pin_memory(self) -> TextLayout:
-        return TextLayout(self.index.pin_memory(), self.mask.pin_memory())
+        return TextLayout(self.index.pin_memory(), self.mask.pin_memory(), self.firsts.pin_memory())

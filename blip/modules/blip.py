@@ -1,0 +1,72 @@
+"""The whole model: image encoder, MED, the two projections into the common space, and the matching head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip.layout import TextLayout
+from blip.modules.med import MED, CrossKV, MEDConfig
+from blip.modules.vit import VisionTransformer, ViTConfig
+
+TEMPERATURE_RANGE = (0.001, 0.5)
+
+
+@dataclass(frozen=True)
+class BLIPConfig:
+    """Everything that decides the parameters; `embed_width` is the width of the common space (paper: 256)."""
+
+    vit: ViTConfig
+    med: MEDConfig
+    embed_width: int
+    temperature: float
+    dec_id: int
+    enc_id: int
+
+    def __post_init__(self) -> None:
+        for name in ("dec_id", "enc_id"):
+            if not 0 <= getattr(self, name) < self.med.vocab_size:
+                raise ValueError(f"{name}={getattr(self, name)} lies outside the vocabulary of {self.med.vocab_size}")
+
+
+class BLIP(nn.Module):
+    """Image encoder and MED with the heads of the three objectives (paper figure 2)."""
+
+    def __init__(self, config: BLIPConfig, encoder: bool = True, decoder: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTransformer(config.vit)
+        self.med = MED(config.med, encoder, decoder)
+        if encoder:
+            self.vision_proj = nn.Linear(config.vit.width, config.embed_width)
+            self.text_proj = nn.Linear(config.med.width, config.embed_width)
+            self.itm_head = nn.Linear(config.med.width, 2)
+            self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
+
+    def compile(self, compiler: Callable[[Callable], Callable]) -> None:  # type: ignore[override]
+        """Replaces the image encoder and each mode of MED by what `compiler` makes of them."""
+        self.visual_encoder.forward = compiler(self.visual_encoder.forward)  # type: ignore[method-assign]
+        self.med.encode = compiler(self.med.encode)  # type: ignore[method-assign]
+        self.med.decode = compiler(self.med.decode)  # type: ignore[method-assign]
+
+    def image_features(self, image_states: Tensor) -> Tensor:
+        """[B, N, D] to unit vectors [B, E], float32."""
+        return F.normalize(self.vision_proj(image_states[:, 0]).float(), dim=-1)
+
+    def text_features(self, input_ids: Tensor, layout: TextLayout) -> Tensor:
+        """Texts that begin with [CLS] to unit vectors [R, E], float32; mode `text`."""
+        states = self.med.encode(input_ids, layout)
+        return F.normalize(self.text_proj(states[layout.firsts]).float(), dim=-1)
+
+    def itm_logits(self, input_ids: Tensor, layout: TextLayout, cross: list[CrossKV]) -> Tensor:
+        """Texts looking at pictures to logits [R, 2], index 1 = match; mode `multimodal`, [ENC] replaces [CLS]."""
+        input_ids = input_ids.index_fill(0, layout.firsts, self.config.enc_id)
+        return self.itm_head(self.med.encode(input_ids, layout, cross)[layout.firsts]).float()
+
+    def lm_states(self, input_ids: Tensor, layout: TextLayout, cross: list[CrossKV]) -> Tensor:
+        """Texts looking at pictures to the decoder's states [T, D]; mode `decoder`, [DEC] replaces [CLS]."""
+        return self.med.decode(input_ids.index_fill(0, layout.firsts, self.config.dec_id), layout, cross)
