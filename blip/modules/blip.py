@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip.layout import TextLayout
+from blip.modules.losses import at_least_float32
 from blip.modules.med import MED, CrossKV, MEDConfig
 from blip.modules.vit import VisionTransformer, ViTConfig
 
@@ -55,17 +56,17 @@ class BLIP(nn.Module):
 
     def image_features(self, image_states: Tensor) -> Tensor:
         """[B, N, D] to unit vectors [B, E], float32."""
-        return F.normalize(self.vision_proj(image_states[:, 0]).float(), dim=-1)
+        return F.normalize(at_least_float32(self.vision_proj(image_states[:, 0])), dim=-1)
 
     def text_features(self, input_ids: Tensor, layout: TextLayout) -> Tensor:
         """Texts that begin with [CLS] to unit vectors [R, E], float32; mode `text`."""
         states = self.med.encode(input_ids, layout)
-        return F.normalize(self.text_proj(states[layout.firsts]).float(), dim=-1)
+        return F.normalize(at_least_float32(self.text_proj(states[layout.firsts])), dim=-1)
 
     def itm_logits(self, input_ids: Tensor, layout: TextLayout, cross: list[CrossKV]) -> Tensor:
         """Texts looking at pictures to logits [R, 2], index 1 = match; mode `multimodal`, [ENC] replaces [CLS]."""
         input_ids = input_ids.index_fill(0, layout.firsts, self.config.enc_id)
-        return self.itm_head(self.med.encode(input_ids, layout, cross)[layout.firsts]).float()
+        return at_least_float32(self.itm_head(self.med.encode(input_ids, layout, cross)[layout.firsts]))
 
     def lm_states(self, input_ids: Tensor, layout: TextLayout, cross: list[CrossKV]) -> Tensor:
         """Texts looking at pictures to the decoder's states [T, D]; mode `decoder`, [DEC] replaces [CLS]."""

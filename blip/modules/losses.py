@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def match_targets(row_ids: Tensor, column_ids: Tensor, own: Tensor, positives: str) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions widened: similarities, targets and losses are never computed in less than float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def match_targets(row_ids: Tensor, column_ids: Tensor, own: Tensor, positives: str, dtype: torch.dtype) -> Tensor:
     """What ITC takes for a match, rows of [B, K] summing to 1.
 
     `row_ids` [B] and `column_ids` [K] say which picture a row and a column show, `own` [B] which column is the row's own
@@ -15,8 +20,8 @@ def match_targets(row_ids: Tensor, column_ids: Tensor, own: Tensor, positives: s
     (retrieval: every column that shows the row's picture, equally).
     """
     if positives == "pair":
-        return F.one_hot(own, column_ids.shape[0]).to(torch.get_default_dtype())
-    same = (row_ids[:, None] == column_ids[None]).to(torch.get_default_dtype())
+        return F.one_hot(own, column_ids.shape[0]).to(dtype)
+    same = (row_ids[:, None] == column_ids[None]).to(dtype)
     return same / same.sum(1, keepdim=True)
 
 
@@ -70,5 +75,5 @@ def lm_loss(logits: Tensor, targets: Tensor, smoothing: float, count: Tensor | N
 
     `count`: what to divide by, M unless given.
     """
-    loss = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets, reduction="sum", label_smoothing=smoothing)
+    loss = F.cross_entropy(at_least_float32(logits), targets, reduction="sum", label_smoothing=smoothing)
     return loss / (max(targets.shape[0], 1) if count is None else count)

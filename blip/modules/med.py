@@ -130,7 +130,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: TextLayout, cross: CrossKV) -> Tensor:
         # Rows k*b .. k*b + k-1 look at picture b: one row of k * L queries.
-        query = layout.pad(self.query(x)).view(cross.key.shape[0], -1, self.heads, cross.key.shape[-1])  # [B, k*L, H, d]
+        query = layout.pad(self.query(x)).view(
+            cross.key.shape[0], -1, self.heads, cross.key.shape[-1]
+        )  # [B, k*L, H, d]
         dropout = self.attention_dropout if self.training else 0.0
         looked = attend(query.transpose(1, 2), cross.key, cross.value, cross.mask, dropout=dropout)
         looked = looked.transpose(1, 2).reshape(layout.rows, layout.longest, -1)  # [R, L, D]
@@ -154,7 +156,9 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention where the text looks at something, feed-forward."""
 
-    def __init__(self, self_attention: SelfAttention, cross_attention: CrossAttention, feed_forward: FeedForward) -> None:
+    def __init__(
+        self, self_attention: SelfAttention, cross_attention: CrossAttention, feed_forward: FeedForward
+    ) -> None:
         super().__init__()
         self.self_attention = self_attention
         self.cross_attention = cross_attention
@@ -192,7 +196,9 @@ class MED(nn.Module):
             raise ValueError(f"model.med.share must be one of {', '.join(SHARES)}, not {config.share!r}")
         self.config = config
         self.embeddings = Embeddings(config)
-        blocks = [Block(SelfAttention(config), CrossAttention(config), FeedForward(config)) for _ in range(config.depth)]
+        blocks = [
+            Block(SelfAttention(config), CrossAttention(config), FeedForward(config)) for _ in range(config.depth)
+        ]
         if encoder:
             self.encoder = nn.ModuleList(blocks)
         if decoder:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from blip.layout import TextLayout
 from blip.modules.blip import BLIP
+from blip.modules.losses import at_least_float32
 
 
 class MomentumEncoder(nn.Module):
@@ -60,7 +61,7 @@ class MomentumEncoder(nn.Module):
         for self_attention, feed_forward in zip(self.self_attentions, self.feed_forwards, strict=True):
             x = feed_forward(self_attention(x, layout, False))
         text_features = self.text_proj(x[layout.firsts])
-        return F.normalize(image_features.float(), dim=-1), F.normalize(text_features.float(), dim=-1)
+        return tuple(F.normalize(at_least_float32(x), dim=-1) for x in (image_features, text_features))
 
 
 class Queue(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,13 +67,15 @@ class ConvStem(nn.Module):
         super().__init__()
         steps = patch_size.bit_length() - 1
         if 2**steps != patch_size:
-            raise ValueError(f"stem 'conv' halves the image at each step: patch_size must be a power of 2, not {patch_size}")
+            raise ValueError(
+                f"stem 'conv' halves the image at each step: patch_size must be a power of 2, not {patch_size}"
+            )
         widths = [in_chans] + [max(16, embed_dim >> (steps - 1 - i)) for i in range(steps)]
         self.num_patches = (img_size // patch_size) ** 2
         self.grid_size = (img_size // patch_size,) * 2
         self.patch_size = (patch_size, patch_size)
         layers: list[nn.Module] = []
-        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        for narrow, wide in pairwise(widths):
             layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
         self.proj = nn.Linear(widths[-1], embed_dim)

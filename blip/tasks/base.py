@@ -1,0 +1,186 @@
+"""What every task shares: the backbone, the optimizer by rules, seeds by step, and handing batches to evaluators."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from blip.modules.blip import BLIP, BLIPConfig
+from blip.modules.med import MEDConfig
+from blip.modules.vit import ViTConfig, normalize
+from blip.tasks.distributed import rank
+from blip.text import Tokenizer
+
+
+def step_seed(*key: int | str) -> int:
+    """A 63-bit seed that is a function of the key alone, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], rules: Sequence[dict[str, Any]], lr: float
+) -> list[dict]:
+    """Groups for the optimizer: each parameter takes the first rule whose `match` (a regex) is found in its name.
+
+    A rule may hold `lr`, a factor of the common rate, and any other option of the optimizer (`weight_decay`).
+    Raises ValueError for a rule that no parameter meets.
+    """
+    groups: list[dict[str, Any]] = [{"params": [], "lr": lr}]
+    for rule in rules:
+        options = {k: v for k, v in rule.items() if k not in ("match", "lr")}
+        groups.append({"params": [], "lr": lr * rule.get("lr", 1.0), **options})
+    for name, parameter in named:
+        hits = (i for i, rule in enumerate(rules, 1) if re.search(rule["match"], name))
+        groups[next(hits, 0)]["params"].append(parameter)
+    for group, rule in zip(groups[1:], rules, strict=True):
+        if not group["params"]:
+            raise ValueError(f"optimizer rule {rule['match']!r} matches no parameter")
+    return [group for group in groups if group["params"]]
+
+
+class Task(L.LightningModule):
+    """A LightningModule around the one backbone.
+
+    model: the nodes `vit` and `med` and the sizes of `BLIPConfig`; tokenizer: its JSON text. optimizer: a partial that takes
+    parameter groups; rules: see `parameter_groups`; schedule: a partial (step, total_steps, steps_per_epoch) -> factor of
+    the rate. evaluators: {task name: evaluator}, run on every evaluation set. compile: a partial of `torch.compile`, or None.
+    """
+
+    encoder = decoder = True
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        tokenizer: str,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[..., float],
+        evaluators: dict[str, Any],
+        rules: Sequence[dict[str, Any]] = (),
+        compile: Callable[[Callable], Callable] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tokenizer_json = tokenizer
+        self.tokenizer = Tokenizer.from_json(tokenizer)
+        self.model = BLIP(blip_config(model, self.tokenizer), self.encoder, self.decoder)
+        self.optimizer, self.schedule, self.rules = optimizer, schedule, rules
+        self.evaluators = evaluators
+        self.compile_with = compile
+        self.seed = seed
+        self.config_yaml = ""
+        self.results: dict[str, float] = {}
+        self.micro_batch = 0  # micro-batches since the last optimizer step
+
+    # the device side of a batch -----------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch.image = normalize(batch.image)
+        return batch
+
+    # training -----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if self.compile_with is not None and stage == "fit":
+            self.model.compile(self.compile_with)
+
+    def configure_optimizers(self) -> Any:
+        trained = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        optimizer = self.optimizer(parameter_groups(trained, self.rules, self.optimizer.keywords["lr"]))
+        total, per_epoch = (
+            self.total_steps,
+            max(1, self.trainer.num_training_batches // self.trainer.accumulate_grad_batches),
+        )
+        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, total, per_epoch))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+
+    @property
+    def total_steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by optimizer steps."""
+        return self.global_step / self.total_steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Dropout is a function of seed, step and rank: a restart draws what the uninterrupted run drew.
+        torch.manual_seed(step_seed(self.seed, "dropout", self.global_step, self.micro_batch, rank()))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.after_step()
+        self.micro_batch = -1
+
+    def after_step(self) -> None:
+        """What a task does once the optimizer has stepped."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.micro_batch += 1
+        if self.micro_batch == 0:
+            self.trainer.datamodule.advance(batch)  # type: ignore[attr-defined]
+
+    # evaluation ---------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, dataloader_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        self._open()
+
+    def on_test_epoch_start(self) -> None:
+        self._open()
+
+    def on_validation_epoch_end(self) -> None:
+        self._close()
+
+    def on_test_epoch_end(self) -> None:
+        self._close()
+
+    def _open(self) -> None:
+        self._set = 0
+        for evaluator in self.evaluators.values():
+            evaluator.reset()
+
+    def _evaluate(self, batch: Any, number: int) -> None:
+        if number != self._set:  # the loaders follow each other, so the set before is complete
+            self._score()
+            self._set = number
+        for evaluator in self.evaluators.values():
+            evaluator.update(self.model, batch)
+
+    def _score(self) -> None:
+        """Logs `stage/task/metric`, with the set's name behind the task's unless it is the main set."""
+        stage = "test" if self.trainer.testing else "val"
+        name = getattr(self.trainer.datamodule, f"{stage}_names")[self._set]  # type: ignore[attr-defined]
+        for task, evaluator in self.evaluators.items():
+            label = task if name == "main" else f"{task}_{name}"
+            self.results.update({f"{stage}/{label}/{k}": v for k, v in evaluator.compute(self.model).items()})
+            evaluator.reset()
+
+    def _close(self) -> None:
+        self._score()
+        self.log_dict(self.results, add_dataloader_idx=False)
+        self.results = {}
+
+    # checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.config_yaml
+        checkpoint["tokenizer"] = self.tokenizer_json
+
+
+def blip_config(model: dict[str, Any], tokenizer: Tokenizer) -> BLIPConfig:
+    """The sizes of a model from its config nodes and its vocabulary."""
+    vit = ViTConfig(**model["vit"])
+    med = MEDConfig(**model["med"], vocab_size=len(tokenizer), look_width=vit.width)
+    rest = {k: v for k, v in model.items() if k not in ("vit", "med")}
+    return BLIPConfig(vit=vit, med=med, dec_id=tokenizer.dec_id, enc_id=tokenizer.enc_id, **rest)

@@ -1,0 +1,203 @@
+"""Pre-training (paper section 3.2, figure 2): ITC, ITM and LM over one encoding of the picture.
+
+The step reads in the order of the figure: encode the picture, encode the text, momentum features, contrast (ITC); pick hard
+negatives and match (ITM); decode (LM). Keys and values of a picture are projected once and serve all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip.layout import TextLayout
+from blip.modules.blip import TEMPERATURE_RANGE
+from blip.modules.losses import (
+    draw,
+    itc_loss,
+    itm_loss,
+    lm_loss,
+    match_targets,
+    negative_weights,
+    soft_targets,
+)
+from blip.modules.med import CrossKV
+from blip.modules.momentum import MomentumEncoder, Queue
+from blip.tasks.base import Task, step_seed
+from blip.tasks.distributed import gather, gather_with_gradient, mean_over_ranks, rank, world_size
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What is optimised. Starts and ends are shares of the run, so that a recipe fits any length.
+
+    keys: whose momentum features of this batch ITC compares with, `local` (released) or `all` ranks. negatives: whose pairs
+    ITM draws from. positives: what ITC takes for a match, `pair` (released pre-training) or `image`. alpha rises linearly
+    from 0 at `alpha_start` to its value at `alpha_end`. momentum_ramp: begin with a faster average, min(m, (1+k)/(10+k)).
+    """
+
+    keys: str
+    negatives: str
+    positives: str
+    itc_weight: float
+    itm_weight: float
+    lm_weight: float
+    itm_start: float
+    queue_size: int
+    queue_start: float
+    alpha: float
+    alpha_start: float
+    alpha_end: float
+    momentum: float
+    momentum_ramp: bool
+    momentum_dropout: bool
+    negative_floor: float
+    label_smoothing: float
+
+    def __post_init__(self) -> None:
+        choices = {"keys": ("local", "all"), "negatives": ("local", "all"), "positives": ("pair", "image")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"task.objectives.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if self.negatives == "all" and self.keys != "all":
+            raise ValueError("task.objectives.negatives=all draws by similarities with all ranks: set keys=all as well")
+
+    def alpha_at(self, progress: float) -> float:
+        if self.alpha_end <= self.alpha_start:
+            return self.alpha if progress >= self.alpha_start else 0.0
+        return self.alpha * min(1.0, max(0.0, (progress - self.alpha_start) / (self.alpha_end - self.alpha_start)))
+
+    def momentum_at(self, step: int) -> float:
+        return min(self.momentum, (1 + step) / (10 + step)) if self.momentum_ramp else self.momentum
+
+
+class PretrainTask(Task):
+    """Pre-trains the whole model on image-text pairs of at most `max_tokens`; the other arguments are `Task`'s."""
+
+    def __init__(self, objectives: dict[str, Any], max_tokens: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_tokens = max_tokens
+        self.objectives = Objectives(**objectives)
+        self.momentum = MomentumEncoder(self.model, self.objectives.momentum_dropout)
+        self.queue = Queue(self.objectives.queue_size, self.model.config.embed_width)
+        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []  # momentum features since the last optimizer step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        model, goals, progress = self.model, self.objectives, self.progress
+        model.temperature.data.clamp_(*TEMPERATURE_RANGE)
+        image_states = model.visual_encoder(batch.image)  # [B, N, D]
+        image_features = model.image_features(image_states)  # [B, E]
+        text_features = model.text_features(batch.input_ids, batch.layout)  # [B, E]
+
+        if self.micro_batch == 0:
+            self.momentum.update(model, goals.momentum_at(self.global_step))
+        momentum_image, momentum_text = self.momentum(batch.image, batch.input_ids, batch.layout)
+        self.pending.append(tuple(gather(x) for x in (momentum_image, momentum_text, batch.image_ids)))
+        with torch.autocast(batch.image.device.type, enabled=False):
+            itc, image_similarity, text_similarity = self.contrast(
+                image_features, text_features, momentum_image, momentum_text, batch.image_ids
+            )
+        loss = goals.itc_weight * itc
+        logs = {"itc": itc.detach(), "temperature": model.temperature.detach()}
+
+        cross = model.med.look(image_states)
+        if progress >= goals.itm_start:
+            itm = self.match(batch, image_states, cross, image_similarity, text_similarity)
+            loss = loss + goals.itm_weight * itm
+            logs["itm"] = itm.detach()
+        else:  # every parameter takes part in every step, as DDP expects
+            loss = loss + 0.0 * sum(p.sum() for p in model.itm_head.parameters())
+
+        lm = self.describe(batch, cross if model.med.looks_alike else model.med.look(image_states, decoder=True))
+        loss = loss + goals.lm_weight * lm
+        logs["lm"] = lm.detach()
+        self.log_dict({f"train/{k}": v for k, v in logs.items()}, prog_bar=True, batch_size=batch.image.shape[0])
+        self.log("train/loss", loss.detach(), batch_size=batch.image.shape[0])
+        return loss
+
+    def contrast(
+        self, image: Tensor, text: Tensor, momentum_image: Tensor, momentum_text: Tensor, image_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ITC of features [B, E] with the momentum features as keys, and both similarities [B, K] (batch first)."""
+        goals, queue = self.objectives, self.queue
+        key_image, key_text, key_ids = (
+            self.pending[-1] if goals.keys == "all" else (momentum_image, momentum_text, image_ids)
+        )
+        own = torch.arange(image.shape[0], device=image.device) + (
+            rank() * image.shape[0] if goals.keys == "all" else 0
+        )
+        if queue.size and self.progress >= goals.queue_start:
+            key_image = torch.cat([key_image, queue.image.to(key_image.dtype)])
+            key_text = torch.cat([key_text, queue.text.to(key_text.dtype)])
+            key_ids = torch.cat([key_ids, queue.ids])
+        temperature = self.model.temperature.to(image.dtype)
+        image_similarity, text_similarity = image @ key_text.T / temperature, text @ key_image.T / temperature  # [B, K]
+        targets = match_targets(image_ids, key_ids, own, goals.positives, image.dtype)
+        alpha = goals.alpha_at(self.progress)
+        fixed = temperature.detach()
+        image_targets = soft_targets(targets, momentum_image @ key_text.T / fixed, alpha)
+        text_targets = soft_targets(targets, momentum_text @ key_image.T / fixed, alpha)
+        return (
+            itc_loss(image_similarity, text_similarity, image_targets, text_targets),
+            image_similarity,
+            text_similarity,
+        )
+
+    def match(
+        self, batch: Any, image_states: Tensor, cross: list[CrossKV], image_similarity: Tensor, text_similarity: Tensor
+    ) -> Tensor:
+        """ITM of each pair, of each picture with a hard negative text, and of each text with a hard negative picture."""
+        goals, everywhere = self.objectives, self.objectives.negatives == "all" and world_size() > 1
+        size = batch.image.shape[0]
+        all_ids = gather(batch.image_ids) if everywhere else batch.image_ids
+        admissible = batch.image_ids[:, None] != all_ids[None]  # [B, G]
+        # Similarity columns begin with the batch's keys: all ranks' where keys=all, else this rank's.
+        first = rank() * size if goals.keys == "all" and not everywhere else 0
+        columns = slice(first, first + admissible.shape[1])
+        uniform = self.uniform(size)
+        pictures, has_picture = draw(
+            negative_weights(text_similarity[:, columns], admissible, goals.negative_floor), uniform[0]
+        )
+        texts, has_text = draw(
+            negative_weights(image_similarity[:, columns], admissible, goals.negative_floor), uniform[1]
+        )
+
+        ids = batch.layout.pad(batch.input_ids)  # [B, L]
+        mask = batch.layout.mask
+        if everywhere:
+            widen = (0, self.max_tokens - ids.shape[1])  # one width for all ranks
+            ids, mask = gather(torch.nn.functional.pad(ids, widen)), gather(torch.nn.functional.pad(mask, widen))
+            foreign = self.model.med.look(gather_with_gradient(image_states)[pictures])
+        else:
+            foreign = [kv.select(pictures) for kv in cross]
+        negative = TextLayout.from_mask(mask[texts])
+        # The pair's text and the negative text look at the same picture: side by side they are one row of queries.
+        both = batch.layout.beside(negative)
+        own_picture = self.model.itm_logits(torch.cat([batch.input_ids, ids[texts].flatten()]), both, cross)
+        other_picture = self.model.itm_logits(batch.input_ids, batch.layout, foreign)
+        logits = torch.cat([own_picture[:size], other_picture, own_picture[size:]])  # [3B, 2]
+        matched = torch.arange(3 * size, device=logits.device) < size
+        valid = torch.cat([torch.ones_like(has_text), has_picture, has_text])
+        return itm_loss(logits, matched, valid, mean_over_ranks(valid.sum().to(logits.dtype)))
+
+    def describe(self, batch: Any, cross: list[CrossKV]) -> Tensor:
+        """LM of each text given its picture; logits only where a next token is to be told."""
+        states = self.model.lm_states(batch.input_ids, batch.layout, cross)
+        followed = batch.layout.followed()
+        targets = batch.input_ids[followed + 1]
+        count = mean_over_ranks(torch.tensor(float(targets.shape[0]), device=states.device))
+        return lm_loss(self.model.med.lm_head(states[followed]), targets, self.objectives.label_smoothing, count)
+
+    def uniform(self, size: int) -> Tensor:
+        """Numbers in [0, 1) for the draws, [2, B]: a function of seed, step and the row's place among all ranks' rows."""
+        generator = torch.Generator(device=self.device)
+        generator.manual_seed(step_seed(self.seed, "negatives", self.global_step, self.micro_batch))
+        everyone = torch.rand(2, world_size() * size, generator=generator, device=self.device)
+        return everyone[:, rank() * size : (rank() + 1) * size]
+
+    def after_step(self) -> None:
+        for features in self.pending:
+            self.queue.enqueue(*features)
+        self.pending = []
