@@ -49,7 +49,7 @@ class Task(L.LightningModule):
 
     model: the nodes `vit` and `med` and the sizes of `BLIPConfig`; tokenizer: its JSON text. optimizer: a partial that takes
     parameter groups; rules: see `parameter_groups`; schedule: a partial (step, total_steps, steps_per_epoch) -> factor of
-    the rate. evaluators: {task name: evaluator}, run on every evaluation set. compile: a partial of `torch.compile`, or None.
+    the rate. evaluators: {task name: partial that takes the tokenizer}, run on every evaluation set. compile: a partial of `torch.compile`, or None.
     """
 
     encoder = decoder = True
@@ -60,7 +60,7 @@ class Task(L.LightningModule):
         tokenizer: str,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Callable[..., float],
-        evaluators: dict[str, Any],
+        evaluators: dict[str, Callable[[Tokenizer], Any]],
         rules: Sequence[dict[str, Any]] = (),
         compile: Callable[[Callable], Callable] | None = None,
         seed: int = 0,
@@ -70,7 +70,7 @@ class Task(L.LightningModule):
         self.tokenizer = Tokenizer.from_json(tokenizer)
         self.model = BLIP(blip_config(model, self.tokenizer), self.encoder, self.decoder)
         self.optimizer, self.schedule, self.rules = optimizer, schedule, rules
-        self.evaluators = evaluators
+        self.evaluators = {name: make(self.tokenizer) for name, make in evaluators.items()}
         self.compile_with = compile
         self.seed = seed
         self.config_yaml = ""
@@ -151,9 +151,8 @@ class Task(L.LightningModule):
             evaluator.reset()
 
     def _evaluate(self, batch: Any, number: int) -> None:
-        if number != self._set:  # the loaders follow each other, so the set before is complete
+        while self._set < number:  # the loaders follow each other, so the sets before are complete
             self._score()
-            self._set = number
         for evaluator in self.evaluators.values():
             evaluator.update(self.model, batch)
 
@@ -165,6 +164,7 @@ class Task(L.LightningModule):
             label = task if name == "main" else f"{task}_{name}"
             self.results.update({f"{stage}/{label}/{k}": v for k, v in evaluator.compute(self.model).items()})
             evaluator.reset()
+        self._set += 1
 
     def _close(self) -> None:
         self._score()
