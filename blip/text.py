@@ -46,7 +46,9 @@ class Tokenizer:
     def __init__(self, wordpiece: tokenizers.Tokenizer) -> None:
         """Takes the library's tokenizer over: checks its vocabulary, appends [DEC] and [ENC] where they are missing."""
         if not isinstance(wordpiece.model, models.WordPiece):
-            raise ValueError(f"the tokenizer holds a {type(wordpiece.model).__name__} model; BLIP's texts need WordPiece")
+            raise ValueError(
+                f"the tokenizer holds a {type(wordpiece.model).__name__} model; BLIP's texts need WordPiece"
+            )
         pieces = wordpiece.get_vocab(with_added_tokens=True)
         missing = [token for token in NEEDED_TOKENS if token not in pieces]
         if missing:
@@ -85,7 +87,9 @@ class Tokenizer:
                 raise FileNotFoundError(f"{path}: neither tokenizer.json nor vocab.txt in this folder")
             path = found[0]
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such vocabulary; give a vocab.txt, a tokenizer.json or a folder with either")
+            raise FileNotFoundError(
+                f"{path}: no such vocabulary; give a vocab.txt, a tokenizer.json or a folder with either"
+            )
         try:
             text = path.read_text(encoding="utf-8")
             if path.suffix == ".json":
@@ -154,7 +158,9 @@ def _wordpiece(vocabulary: str, config: dict) -> tokenizers.Tokenizer:
     for number, line in enumerate(lines):
         piece = line.rstrip("\r")
         if piece in pieces:
-            raise ValueError(f"line {number + 1} repeats the piece {piece!r} of line {pieces[piece] + 1}; ids would clash")
+            raise ValueError(
+                f"line {number + 1} repeats the piece {piece!r} of line {pieces[piece] + 1}; ids would clash"
+            )
         pieces[piece] = number
     wordpiece = tokenizers.Tokenizer(models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100))
     wordpiece.normalizer = normalizers.BertNormalizer(

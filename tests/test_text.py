@@ -63,7 +63,9 @@ def test_ids_masks_and_texts_equal_the_released_tokenizer(reference: Path):
     texts = cases["padded_max_length_8_truncated"]["texts"]
     for key, limit in (("padded_max_length_8_truncated", 8), ("padded_longest", 512)):
         rows, masks = cases[key]["input_ids"], cases[key]["attention_mask"]
-        unpadded = [[i for i, real in zip(row, mask, strict=True) if real] for row, mask in zip(rows, masks, strict=True)]
+        unpadded = [
+            [i for i, real in zip(row, mask, strict=True) if real] for row, mask in zip(rows, masks, strict=True)
+        ]
         assert tokenizer.encode(texts, limit) == unpadded
 
 

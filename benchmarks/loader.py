@@ -1,0 +1,253 @@
+"""Pictures a second, one core, from the bytes of a JPEG to its place in the batch; beside bare decoding and the released way.
+
+    python benchmarks/loader.py [--photos FOLDER] [--json FILE]
+
+The released way is written out here once more (PIL, OpenCV and NumPy, its operations and their order), so that both are timed
+on the same files in the same run, turn by turn; its two float conversions at the end are also timed apart, because ours
+normalises on the device. The repeats alternate and the median counts, so that a busy neighbour hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import cv2
+import numpy as np
+import PIL.Image
+import simplejpeg
+import torch
+
+from blip.datamodules.images import AugmentConfig, augment, decode
+
+MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
+STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+GREY = (128, 128, 128)
+
+
+# --- the released pipeline: decode, crop, resize, flip, two of ten operations, to float, normalise -----------------------
+
+
+def released_crop(picture: PIL.Image.Image, size: int) -> np.ndarray:
+    """PIL's bicubic resize of a random crop (area 0.2 to 1, aspect 3/4 to 4/3), flipped every second time, [S, S, 3]."""
+    width, height = picture.size
+    w, h = width, height
+    for _ in range(10):
+        area = width * height * random.uniform(0.2, 1.0)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = random.randint(0, width - w), random.randint(0, height - h)
+    view = picture.crop((left, top, left + w, top + h)).resize((size, size), PIL.Image.Resampling.BICUBIC)
+    if random.random() < 0.5:
+        view = view.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(view)
+
+
+def released_autocontrast(image: np.ndarray) -> np.ndarray:
+    planes = []
+    for plane in cv2.split(image):
+        low, high = plane.min(), plane.max()
+        table = np.arange(256)
+        if high > low:
+            scale = 255 / (high - low)
+            with np.errstate(over="ignore"):
+                table = np.arange(256) * scale + -low * scale  # -low wraps around in a byte
+        planes.append(table.clip(0, 255).astype(np.uint8)[plane])
+    return cv2.merge(planes)
+
+
+def released_equalize(image: np.ndarray) -> np.ndarray:
+    planes = []
+    for plane in cv2.split(image):
+        counts = cv2.calcHist([plane], [0], None, [256], [0, 256])
+        step = np.sum(counts[counts != 0][:-1]) // 255
+        if step != 0:
+            before = np.empty_like(counts)
+            before[0], before[1:] = step // 2, counts[:-1]
+            plane = (np.cumsum(before) // step).clip(0, 255).astype(np.uint8)[plane]
+        planes.append(plane)
+    return cv2.merge(planes)
+
+
+def released_brightness(image: np.ndarray) -> np.ndarray:
+    factor = 0.5 * 1.8 + 0.1
+    return (np.arange(256, dtype=np.float32) * factor).clip(0, 255).astype(np.uint8)[image]
+
+
+def released_warp(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    height, width = image.shape[:2]
+    return cv2.warpAffine(image, np.float32(matrix), (width, height), flags=cv2.INTER_LINEAR, borderValue=GREY)
+
+
+def released_rotate(image: np.ndarray, sign: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), sign * 15.0, 1)
+    return cv2.warpAffine(image, matrix, (width, height), borderValue=GREY)
+
+
+RELEASED_OPERATIONS: tuple[Callable[[np.ndarray, int], np.ndarray], ...] = (
+    lambda image, sign: image,  # identity
+    lambda image, sign: released_autocontrast(image),
+    lambda image, sign: released_equalize(image),
+    lambda image, sign: released_brightness(image),
+    lambda image, sign: image,  # sharpness, which returns its input at factor 1
+    lambda image, sign: released_warp(image, [[1, sign * 0.15, 0], [0, 1, 0]]),
+    lambda image, sign: released_warp(image, [[1, 0, 0], [sign * 0.15, 1, 0]]),
+    lambda image, sign: released_warp(image, [[1, 0, -sign * 5], [0, 1, 0]]),
+    lambda image, sign: released_warp(image, [[1, 0, 0], [0, 1, -sign * 5]]),
+    released_rotate,
+)
+
+
+def released_view(data: bytes, size: int) -> np.ndarray:
+    """All of the released way up to uint8."""
+    image = released_crop(PIL.Image.open(io.BytesIO(data)).convert("RGB"), size)
+    for operation in np.random.choice(np.arange(10), 2):
+        if np.random.random() <= 0.5:
+            image = RELEASED_OPERATIONS[operation](image, 1 if np.random.random() <= 0.5 else -1)
+    return image
+
+
+def released_normalise(image: np.ndarray) -> torch.Tensor:
+    """ToTensor and Normalize: uint8 [S, S, 3] to float [3, S, S], channels first in memory."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    return pixels.sub_(torch.from_numpy(MEAN)[:, None, None]).div_(torch.from_numpy(STD)[:, None, None])
+
+
+# --- the measurement ----------------------------------------------------------------------------------------------------
+
+
+def ours(files: list[bytes], size: int, seed: int) -> torch.Tensor:
+    """The uint8 batch, [B, 3, S, S]."""
+    config = AugmentConfig(size)
+    views = [augment(decode(data), config, np.random.default_rng((seed, n))) for n, data in enumerate(files)]
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+
+
+def released(files: list[bytes], size: int) -> torch.Tensor:
+    """The float batch, [B, 3, S, S]."""
+    return torch.stack([released_normalise(released_view(data, size)) for data in files])
+
+
+def measure(files: list[bytes], size: int, repeats: int, batch: int) -> dict[str, float]:
+    """Median milliseconds a picture of each way, its repeats taking turns with the others'."""
+    batches = [files[at : at + batch] for at in range(0, len(files), batch)]
+    views = [augment(decode(data), AugmentConfig(size), np.random.default_rng(0)) for data in files]
+    stacked = [
+        torch.from_numpy(np.stack(views[at : at + batch])).permute(0, 3, 1, 2) for at in range(0, len(files), batch)
+    ]
+    mean, std = torch.from_numpy(MEAN * 255)[:, None, None], torch.from_numpy(STD * 255)[:, None, None]
+    ways: dict[str, Callable[[int], object]] = {
+        "ours": lambda n: [ours(part, size, n) for part in batches],
+        "released": lambda n: [released(part, size) for part in batches],
+        "bare decoding": lambda n: [simplejpeg.decode_jpeg(data, "RGB") for data in files],
+        "released, decoding": lambda n: [PIL.Image.open(io.BytesIO(data)).convert("RGB") for data in files],
+        "released, normalising": lambda n: [released_normalise(view) for view in views],
+        "normalising the uint8 batch": lambda n: [(part.to(torch.float32) - mean) / std for part in stacked],
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for n in range(-1, repeats):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(n + 1)
+            if n >= 0:  # the first round warms caches and allocators
+                times[name].append((time.perf_counter() - start) / len(files) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rows(ms: dict[str, float]) -> list[dict]:
+    """The rows of the JSON contract; values are pictures a second unless the unit says otherwise."""
+
+    def row(name: str, mine: float, peer: str, other: float, unit: str = "pairs/s per core") -> dict:
+        value, peer_value = (mine, other) if unit.startswith("ms") else (1e3 / mine, 1e3 / other)
+        ratio = value / peer_value
+        return {
+            "name": name,
+            "value": round(value, 4 if unit.startswith("ms") else 1),
+            "unit": unit,
+            "peer": peer,
+            "peer_value": round(peer_value, 4 if unit.startswith("ms") else 1),
+            "ratio": round(ratio, 3),
+        }
+
+    unfinished = ms["released"] - ms["released, normalising"]
+    return [
+        row("file to uint8 batch", ms["ours"], "released pipeline, file to float batch", ms["released"]),
+        row("file to uint8 batch", ms["ours"], "released pipeline less its normalising", unfinished),
+        row("file to uint8 batch", ms["ours"], "bare JPEG decoding (simplejpeg)", ms["bare decoding"]),
+        row("bare JPEG decoding (simplejpeg)", ms["bare decoding"], "PIL decoding", ms["released, decoding"]),
+        row(
+            "normalising the uint8 batch on this core (done on the device in training)",
+            ms["normalising the uint8 batch"],
+            "ToTensor + Normalize picture by picture",
+            ms["released, normalising"],
+            unit="ms a picture",
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(os.environ.get("BLIP_REFERENCE", Path(__file__).resolve().parents[2] / "shared")) / "data/photos"
+    parser.add_argument("--photos", type=Path, default=default, help="folder of JPEG files (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=224, help="side of the pictures in the batch (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds over all files (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=50, help="pictures a batch (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    files = [path.read_bytes() for path in sorted(options.photos.glob("*.jpg"))]
+    if not files:
+        parser.error(f"no .jpg file in {options.photos}; give a folder of photos with --photos")
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    random.seed(0)
+    np.random.seed(0)
+    shapes = [decode(data).shape for data in files]
+    megapixels = sum(height * width for height, width, _ in shapes) / len(shapes) / 1e6
+    head = {
+        "date": date.today().isoformat(),
+        "hardware": f"{processor()}, one core",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}, "
+        f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}, NumPy {np.__version__}",
+        "data": f"{len(files)} JPEG files, mean {sum(map(len, files)) / len(files) / 1024:.0f} KiB and {megapixels:.2f} megapixels, "
+        f"to {options.size} px in batches of {options.batch}, median of {options.repeats} rounds",
+    }
+    result = {"head": head, "rows": rows(measure(files, options.size, options.repeats, options.batch))}
+    for name, value in head.items():
+        print(f"{name}: {value}")
+    print("\n| what | value | unit | beside | value | ratio |\n|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        print(
+            f"| {row['name']} | {row['value']} | {row['unit']} | {row['peer']} | {row['peer_value']} | {row['ratio']} |"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it, else the machine type."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
