@@ -1,0 +1,188 @@
+"""The embedded world as shards: scenes drawn and described once, then streamed like any other data set.
+
+    human/1-00000.tar ... 2-00000.tar ... 3-00000.tar   clean pairs, ordered by the number of things in a scene
+    web/1-00000.tar ...                                  half of the captions are noise; KEY.json holds the truth
+    val/, test/                                          held out: their contents occur in no other split
+    reserved/                                            held out: each scene has a pair of colour and shape that
+                                                         occurs nowhere else
+    tokenizer.json                                       WordPiece, trained from the captions
+    world.json                                           seed, sizes, version: what the folder holds
+
+KEY.json is {"captions": [five texts; one on the web], "scene": {...}}, on the web also {"truth": bool, "kind": ...}.
+Each pair is drawn from (seed, split, number) alone, so the bytes depend on nothing else.
+"""
+
+import io
+import json
+import logging
+import os
+import random
+import shutil
+import tarfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cv2
+import simplejpeg
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from blip.datamodules.shapes_language import NOISE, WORDS, captions, noise
+from blip.datamodules.shapes_scenes import Scene, draw_scene, render
+
+VERSION = 1  # goes up when the same seed gives other bytes
+CAPTIONS = 5
+PAIRS_A_SHARD = 1000
+JPEG_QUALITY = 92
+VOCABULARY = 512
+HELD_OUT = ("val", "test", "reserved")
+FOLDERS = {"train": "human", "web": "web", **{split: split for split in HELD_OUT}}
+
+log = logging.getLogger(__name__)
+
+
+def write_world(folder: str | Path, seed: int, sizes: Mapping[str, int], processes: int = 2) -> Path:
+    """Writes the world into `folder`, whole or not at all, and returns the folder; a world that is there is kept.
+
+    `sizes` are the numbers of pairs of train (the folder `human`), web, val, test and reserved. ValueError if the
+    folder holds a world of another seed, size or version, or something else.
+    """
+    if set(sizes) != set(FOLDERS) or min(sizes.values()) < 0:
+        raise ValueError(f"sizes of the world: a number for each of {', '.join(FOLDERS)} is needed, got {dict(sizes)}")
+    folder = Path(folder).absolute()
+    description = {"version": VERSION, "seed": seed, "sizes": {split: sizes[split] for split in FOLDERS}}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if _is_written(folder, description):
+            return folder
+        started = time.perf_counter()
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _write(partial, description, processes)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        log.info("drew %d pairs into %s in %.0f s", sum(sizes.values()), folder, time.perf_counter() - started)
+    return folder
+
+
+def _is_written(folder: Path, description: dict) -> bool:
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    try:
+        found = json.loads((folder / "world.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds something else than a world: choose another folder") from None
+    if found != description:
+        raise ValueError(f"{folder} holds the world {found}, asked for is {description}: remove it or choose another")
+    return True
+
+
+def _write(folder: Path, description: dict, processes: int) -> None:
+    seed, sizes = description["seed"], description["sizes"]
+    held_out: set[tuple] = set()
+    scenes: dict[str, list[Scene]] = {split: [] for split in HELD_OUT}
+    for split in HELD_OUT:
+        for number in range(sizes[split]):
+            scene = draw_scene(_rng(seed, split, number), number % 3 + 1, split == "reserved", held_out)
+            held_out.add(scene.description.content)
+            scenes[split].append(scene)
+
+    for name in FOLDERS.values():
+        (folder / name).mkdir(parents=True)
+    with ProcessPoolExecutor(processes, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        jobs = [pool.submit(_write_shards, folder / split, seed, split, scenes[split]) for split in HELD_OUT]
+        for split in ("train", "web"):
+            for things in (1, 2, 3):
+                total = (sizes[split] + 3 - things) // 3
+                for shard, start in enumerate(range(0, total, PAIRS_A_SHARD)):
+                    path = folder / FOLDERS[split] / f"{things}-{shard:05d}.tar"
+                    numbers = range(start, min(start + PAIRS_A_SHARD, total))
+                    jobs.append(pool.submit(_write_training_shard, path, seed, split, things, numbers, held_out))
+        texts = [text for job in jobs for text in job.result()]
+    (folder / "tokenizer.json").write_text(train_vocabulary(texts).to_str(pretty=True))
+    (folder / "world.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _write_shards(folder: Path, seed: int, split: str, scenes: list[Scene]) -> list[str]:
+    """The shards of a held-out split; none of its words goes into the vocabulary."""
+    for shard, start in enumerate(range(0, len(scenes), PAIRS_A_SHARD)):
+        part = enumerate(scenes[start : start + PAIRS_A_SHARD], start)
+        _write_tar(
+            folder / f"{shard:05d}.tar",
+            (_pair(f"{number:06d}", scene, _rng(seed, split, number, "look")) for number, scene in part),
+        )
+    return []
+
+
+def _write_training_shard(
+    path: Path, seed: int, split: str, things: int, numbers: range, held_out: AbstractSet[tuple]
+) -> list[str]:
+    """One shard of `human` or `web`; returns a caption of each pair."""
+    texts: list[str] = []
+
+    def pairs() -> Iterator[tuple[str, bytes, dict]]:
+        for number in numbers:
+            rng = _rng(seed, split, things, number)
+            scene = draw_scene(rng, things, excluded=held_out)
+            key, picture, record = _pair(f"{things}{number:08d}", scene, rng)
+            if split == "web":
+                record = _as_on_the_web(record, scene, rng, held_out)
+            texts.append(record["captions"][0])
+            yield key, picture, record
+
+    _write_tar(path, pairs())
+    return texts
+
+
+def _pair(key: str, scene: Scene, rng: random.Random) -> tuple[str, bytes, dict]:
+    picture = simplejpeg.encode_jpeg(render(scene, rng), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
+    return key, picture, {"captions": captions(scene.description, rng, CAPTIONS), "scene": scene.to_json()}
+
+
+def _as_on_the_web(record: dict, scene: Scene, rng: random.Random, held_out: AbstractSet[tuple]) -> dict:
+    """The record with one text, which is noise in half of the cases."""
+    kind, text = "true", record["captions"][0]
+    if rng.random() < 0.5:
+        said = scene.description
+        (kind,) = rng.choices(list(NOISE), list(NOISE.values()))
+        other = draw_scene(rng, rng.randint(1, 3), excluded=held_out | {said.content}) if kind == "other" else scene
+        text = noise(kind, said, other.description, rng, held_out)
+    return {"captions": [text], "truth": kind == "true", "kind": kind, "scene": record["scene"]}
+
+
+def _write_tar(path: Path, pairs: Iterable[tuple[str, bytes, dict]]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, picture, record in pairs:
+            for suffix, data in (("jpg", picture), ("json", json.dumps(record, separators=(",", ":")).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _rng(*key: int | str) -> random.Random:
+    return random.Random("/".join(map(str, key)))
+
+
+def train_vocabulary(texts: list[str]) -> Tokenizer:
+    """BERT's lower-case WordPiece with the grammar's words whole and letters and digits for all else."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    characters = "".join(map(chr, range(33, 127)))
+    letters = " ".join(letter * 2 for letter in "abcdefghijklmnopqrstuvwxyz0123456789")
+    # the grammar's words are the most frequent of all, whatever the sizes of the splits: so each is one piece
+    tokenizer.train_from_iterator([characters, letters, *[" ".join(WORDS)] * (len(texts) + 2), *texts], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
