@@ -18,7 +18,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import PIL.Image
 import simplejpeg
 import torch
 
-from blip.datamodules.images import AugmentConfig, augment, decode
+from blip.datamodules.images import AugmentConfig, augment, decode, training_view
 
 MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
 STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
@@ -134,13 +134,19 @@ def released_normalise(image: np.ndarray) -> torch.Tensor:
 def ours(files: list[bytes], size: int, seed: int) -> torch.Tensor:
     """The uint8 batch, [B, 3, S, S]."""
     config = AugmentConfig(size)
-    views = [augment(decode(data), config, np.random.default_rng((seed, n))) for n, data in enumerate(files)]
+    views = [training_view(data, config, np.random.default_rng((seed, n))) for n, data in enumerate(files)]
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
 
 
 def released(files: list[bytes], size: int) -> torch.Tensor:
     """The float batch, [B, 3, S, S]."""
     return torch.stack([released_normalise(released_view(data, size)) for data in files])
+
+
+def each(step: Callable, things: Iterable) -> None:
+    """Does a step with each thing and keeps nothing: results that pile up would be paid for in page faults."""
+    for thing in things:
+        step(thing)
 
 
 def measure(files: list[bytes], size: int, repeats: int, batch: int) -> dict[str, float]:
@@ -152,12 +158,12 @@ def measure(files: list[bytes], size: int, repeats: int, batch: int) -> dict[str
     ]
     mean, std = torch.from_numpy(MEAN * 255)[:, None, None], torch.from_numpy(STD * 255)[:, None, None]
     ways: dict[str, Callable[[int], object]] = {
-        "ours": lambda n: [ours(part, size, n) for part in batches],
-        "released": lambda n: [released(part, size) for part in batches],
-        "bare decoding": lambda n: [simplejpeg.decode_jpeg(data, "RGB") for data in files],
-        "released, decoding": lambda n: [PIL.Image.open(io.BytesIO(data)).convert("RGB") for data in files],
-        "released, normalising": lambda n: [released_normalise(view) for view in views],
-        "normalising the uint8 batch": lambda n: [(part.to(torch.float32) - mean) / std for part in stacked],
+        "ours": lambda n: each(lambda part: ours(part, size, n), batches),
+        "released": lambda n: each(lambda part: released(part, size), batches),
+        "bare decoding": lambda n: each(lambda data: simplejpeg.decode_jpeg(data, "RGB"), files),
+        "released, decoding": lambda n: each(lambda data: PIL.Image.open(io.BytesIO(data)).convert("RGB"), files),
+        "released, normalising": lambda n: each(released_normalise, views),
+        "normalising the uint8 batch": lambda n: each(lambda part: (part.to(torch.float32) - mean) / std, stacked),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for n in range(-1, repeats):

@@ -64,7 +64,7 @@ class Tokenizer:
         special = [token for token in (*NEEDED_TOKENS, "[MASK]", *OWN_TOKENS) if token in pieces or token in OWN_TOKENS]
         wordpiece.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         self._wordpiece = wordpiece
-        ids = {token: wordpiece.token_to_id(token) for token in special}
+        ids = {token: wordpiece.get_vocab(with_added_tokens=True)[token] for token in special}
         added = [token for token in OWN_TOKENS if token not in pieces]
         expected = {token: len(pieces) + n for n, token in enumerate(added)}
         if {token: ids[token] for token in added} != expected:

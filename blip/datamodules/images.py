@@ -24,6 +24,7 @@ import torch
 from torch.nn.functional import interpolate
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what PIL may take bytes for: none that starts other programs
+MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a progressive JPEG; each scan costs a pass over all pixels, and a file can hold thousands
 FILL = 128  # grey that warps and shifts leave behind
 _SHEAR, _DEGREES, _SHIFT = 0.15, 15.0, 5  # level 5 of 10
@@ -66,7 +67,7 @@ class AugmentConfig:
             )
 
 
-def decode(data: bytes, max_pixels: int = 50_000_000) -> np.ndarray:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The picture in a file's bytes, [H, W, 3] uint8 RGB; of an animation the first frame.
 
     Transparent pictures are laid on white, 16-bit grey is scaled to 8 bits. Raises ImageError for anything else, and for a
@@ -74,20 +75,39 @@ def decode(data: bytes, max_pixels: int = 50_000_000) -> np.ndarray:
     """
     if not data:
         raise ImageError("empty", "the file has no bytes")
-    if data[:3] == b"\xff\xd8\xff":
-        if _is_progressive(data) and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
-            raise ImageError("too costly", f"a progressive JPEG of {scans} scans, more than {MAX_SCANS}")
+    if _plain_jpeg_size(data, max_pixels) is not None:
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
-            return _decode_any(data, max_pixels)
-        _check_pixels(width, height, max_pixels)
-        if colours in ("YCbCr", "Gray", "RGB"):
-            try:
-                return simplejpeg.decode_jpeg(data, "RGB")
-            except ValueError:  # strict: damage that PIL may know to be harmless, or else can name
-                pass
+            return simplejpeg.decode_jpeg(data, "RGB")
+        except ValueError:  # strict: damage that PIL may know to be harmless, or else can name
+            pass
     return _decode_any(data, max_pixels)
+
+
+def training_view(
+    data: bytes, config: AugmentConfig, rng: np.random.Generator, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """`augment(decode(data), config, rng)` to the last bit and sooner: of a baseline JPEG, rows below the crop stay undecoded.
+
+    Damage among those rows goes unseen where `decode` would refuse the file; a file that is cut short is refused as there.
+    """
+    size = _plain_jpeg_size(data, max_pixels)
+    frame = _frame_header(data) if size is not None else None
+    # without its end mark a file may be cut short, which only decoding it to the end can tell
+    if size is None or frame is None or data[frame + 1] != 0xC0 or data[-2:] != b"\xff\xd9":
+        return augment(decode(data, max_pixels), config, rng)
+    top, left, height, width = crop_box(*size, config.scale, rng)
+    # Whole blocks of up to 16 rows, and the two rows that smooth upsampling of the colours looks ahead.
+    rows = -(-(top + height + 2) // 16) * 16
+    if rows < size[0]:
+        shortened = bytearray(data)
+        struct.pack_into(">H", shortened, frame + 5, rows)  # the header's height is where decoding stops
+        try:
+            image = simplejpeg.decode_jpeg(shortened, "RGB", strict=False)  # strict would mind the bytes that are left
+        except ValueError:
+            image = decode(data, max_pixels)
+    else:
+        image = decode(data, max_pixels)
+    return _finish(image[top : top + height, left : left + width], config, rng)
 
 
 def resize_square(image: np.ndarray, size: int) -> np.ndarray:
@@ -102,18 +122,8 @@ def augment(image: np.ndarray, config: AugmentConfig, rng: np.random.Generator) 
 
     Only `rng.random()` is used: its values, unlike those of other methods, follow from the bit stream alone.
     """
-    top, left, height, width = crop_box(*image.shape[:2], config.scale, rng)
-    view = resize_square(image[top : top + height, left : left + width], config.size)
-    if config.flip and rng.random() < 0.5:
-        view = cv2.flip(view, 1)
-    if config.randaugment:
-        operations = OPERATIONS_AS_RELEASED if config.released_autocontrast else OPERATIONS
-        for _ in range(2):
-            operation = operations[int(rng.random() * len(operations))]
-            applied, sign = rng.random() < 0.5, 1 if rng.random() < 0.5 else -1
-            if applied and operation is not None:
-                view = operation(view, sign)
-    return view
+    top, left, height, width = crop_box(image.shape[0], image.shape[1], config.scale, rng)
+    return _finish(image[top : top + height, left : left + width], config, rng)
 
 
 def crop_box(
@@ -207,6 +217,21 @@ OPERATIONS_AS_RELEASED = tuple(
 )
 
 
+def _finish(crop: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Resizing, flip and RandAugment of a crop."""
+    view = resize_square(crop, config.size)
+    if config.flip and rng.random() < 0.5:
+        view = cv2.flip(view, 1)
+    if config.randaugment:
+        operations = OPERATIONS_AS_RELEASED if config.released_autocontrast else OPERATIONS
+        for _ in range(2):
+            operation = operations[int(rng.random() * len(operations))]
+            applied, sign = rng.random() < 0.5, 1 if rng.random() < 0.5 else -1
+            if applied and operation is not None:
+                view = operation(view, sign)
+    return view
+
+
 def _stretch(image: np.ndarray, offset: Callable[[int], int]) -> np.ndarray:
     tables = np.empty((1, 256, 3), np.uint8)
     for channel, plane in enumerate(cv2.split(image)):
@@ -230,15 +255,31 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _is_progressive(data: bytes) -> bool:
-    """Whether a JPEG's frame header says progressive; walks the segments before the first scan."""
+def _plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """Height and width of a JPEG that simplejpeg decodes as PIL does; None for all else. ImageError where it would cost too much."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    frame = _frame_header(data)
+    baseline = frame is not None and data[frame + 1] in (0xC0, 0xC1)
+    if not baseline and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise ImageError("too costly", f"a progressive JPEG of {scans} scans, more than {MAX_SCANS}")
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_pixels(width, height, max_pixels)
+    return (height, width) if colours in ("YCbCr", "Gray", "RGB") else None  # of CMYK the two make different colours
+
+
+def _frame_header(data: bytes) -> int | None:
+    """Where a JPEG's frame header begins (marker, length, bits, height, width); walks the segments before the first scan."""
     at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], struct.unpack_from(">H", data, at + 2)[0]
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return marker in (0xC2, 0xC6, 0xCA, 0xCE)
-        at += 1 if marker == 0xFF else 2 + length  # a segment may be preceded by fill bytes
-    return True  # no frame header where one belongs: take the careful side
+            return at
+        at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, at + 2)[0]  # segments may follow fill bytes
+    return None
 
 
 def _decode_any(data: bytes, max_pixels: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from blip.datamodules.images import (
     crop_box,
     decode,
     resize_square,
+    training_view,
 )
 
 
@@ -230,6 +231,33 @@ def test_augmentation_is_a_function_of_its_generator():
     again = [augment(image, AugmentConfig(32), np.random.default_rng(seed)) for seed in range(30)]
     assert all(np.array_equal(a, b) for a, b in zip(views, again, strict=True))
     assert len({view.tobytes() for view in views}) == 30
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"restart_marker_blocks": 4},
+        {"progressive": True},
+        {"format": "PNG"},
+    ],
+    ids=str,
+)
+def test_skipping_the_rows_below_the_crop_changes_no_bit(how: dict):
+    config = AugmentConfig(24, scale=(0.05, 0.5))
+    for seed in range(30):
+        data = encoded(picture(97, 40 + seed, seed), **how)
+        expected = augment(decode(data), config, np.random.default_rng(seed))
+        assert np.array_equal(training_view(data, config, np.random.default_rng(seed)), expected), seed
+
+
+def test_a_file_without_its_end_is_refused_in_training_too():
+    data = encoded(picture(200, 200))
+    for seed in range(20):
+        with pytest.raises(ImageError, match="cut short"):
+            training_view(data[: len(data) * 3 // 4], AugmentConfig(24, scale=(0.05, 0.2)), np.random.default_rng(seed))
 
 
 def test_switches_of_the_augmentation_do_what_they_say():
