@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blip.datamodules.images import AugmentConfig, ImageError, augment, decode, resize_square
+from blip.datamodules.images import AugmentConfig, ImageError, decode, resize_square, training_view
 from blip.datamodules.index import Index, open_index, texts_of
 from blip.datamodules.plan import Cursor, EvaluationSampler, Key, Phase, Plan, Source, TrainSampler, draw, generator
 from blip.datamodules.shards import Reader, Span, expand
@@ -175,7 +175,7 @@ class TrainPairs(Dataset):
                 (found,) = self.pictures.read([place[:2]])
             source, picture, text = place
             try:
-                image = self._augment(decode(found[0]), key)
+                image = self._view(found[0], key)
             except ImageError as error:
                 failed.append(f"{self.pictures.name(source, picture)} ({error.reason})")
                 continue
@@ -188,10 +188,10 @@ class TrainPairs(Dataset):
             f"no pair of the global batch at position {key.start} of epoch {key.epoch} decodes: {failed[:5]} ..."
         )
 
-    def _augment(self, image: np.ndarray, key: Key) -> np.ndarray:
+    def _view(self, data: bytes, key: Key) -> np.ndarray:
         if self.config is None:
-            return resize_square(image, self.size)
-        return augment(image, self.config, generator(self.plan.seed, key.epoch, key.position, "augment"))
+            return resize_square(decode(data), self.size)
+        return training_view(data, self.config, generator(self.plan.seed, key.epoch, key.position, "augment"))
 
 
 class EvaluationPictures(Dataset):
