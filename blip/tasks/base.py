@@ -111,10 +111,13 @@ class Task(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of seed, step and rank: a restart draws what the uninterrupted run drew.
         torch.manual_seed(step_seed(self.seed, "dropout", self.global_step, self.micro_batch, rank()))
+        self.batch = batch
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        # Here and not in on_train_batch_end: callbacks, which may save a checkpoint, have that hook before the module.
         self.after_step()
+        self.trainer.datamodule.advance(self.batch)  # type: ignore[attr-defined]
         self.micro_batch = -1
 
     def after_step(self) -> None:
@@ -122,8 +125,6 @@ class Task(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.micro_batch += 1
-        if self.micro_batch == 0:
-            self.trainer.datamodule.advance(batch)  # type: ignore[attr-defined]
 
     # evaluation ---------------------------------------------------------------------------------------------------
 

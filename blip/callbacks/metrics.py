@@ -1,0 +1,59 @@
+"""metrics.json: the last value of everything that a run measured, flat, `stage/task/metric`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+
+class Metrics(L.Callback):
+    """Writes `folder`/metrics.json after training, validation and test, and prints what the test measured.
+
+    The values go into the checkpoint, so a run that was interrupted ends with the file of one that was not. Callbacks with
+    a method `run_metrics` add theirs. A value that is not finite becomes null.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.path = Path(folder) / "metrics.json"
+        self.values: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.take(trainer)
+        if trainer.state.fn != "fit":
+            self.write(trainer, "val/")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.take(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            self.values.update(getattr(callback, "run_metrics", dict)())
+        self.write(trainer, "val/")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.take(trainer)
+        self.write(trainer, "test/")
+
+    def take(self, trainer: L.Trainer) -> None:
+        self.values.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def write(self, trainer: L.Trainer, shown: str) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        values = {name: value if math.isfinite(value) else None for name, value in sorted(self.values.items())}
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        os.replace(partial, self.path)
+        width = max(map(len, values), default=0)
+        for name, value in values.items():
+            if name.startswith(shown) and value is not None:
+                print(f"  {name:{width}}  {value:8.2f}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": dict(self.values)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.values = dict(state_dict["values"])

@@ -1,0 +1,305 @@
+"""One command, one run: composes the config, decides the run folder once, and starts the run from the config saved there.
+
+    python run.py [overrides]              composes, saves RUN/config.yaml and becomes `python -m blip.main RUN/config.yaml`
+    python run.py resume=RUN [overrides]   the same, from the config that RUN holds
+    python run.py -m [overrides]           one such process for each job
+    python -m blip.main RUN/config.yaml    the run itself: what further ranks, restarts and requeues start, too
+
+The first three import no torch, so that help and mistakes are answered at once, and no job inherits another's state.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PACKAGE = Path(__file__).resolve().parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+OmegaConf.register_new_resolver("product", lambda *factors: math.prod(int(f) for f in factors), replace=True)
+MODES = ("fit", "validate", "test", "predict")
+MAY_CHANGE = ("trainer", "logger", "callbacks", "paths", "mode", "ckpt")  # in a run that is continued
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if len(arguments) == 1 and arguments[0].endswith("config.yaml") and "=" not in arguments[0]:
+        execute(Path(arguments[0]))
+        return
+    flags = get_args_parser().parse_args(arguments)
+    resume = [text for text in flags.overrides if text.startswith("resume=")]
+    try:
+        if resume:
+            if flags.multirun or len(resume) > 1:
+                raise ValueError("resume= continues one run, without --multirun")
+            rest = [text for text in flags.overrides if text not in resume]
+            become(reopen(Path(resume[0].removeprefix("resume=")), rest))
+        if flags.config_name is None and flags.config_path is None and flags.config_dir is None:
+            check(flags.overrides)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    if decided:
+        become(decided[0])
+
+
+# Before the run: the config and its folder ------------------------------------------------------------------------
+
+decided: list[Path] = []  # the folder of a single run, left by Hydra's job for `main`
+
+
+def job(cfg: DictConfig) -> None:
+    """What Hydra calls with the composed config, once for a run and once for each job of a multirun."""
+    try:
+        folder = record(cfg, Path(HydraConfig.get().runtime.output_dir))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        subprocess.run(command(folder), env=environment(), check=True)
+    else:
+        decided.append(folder)
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "blip.main", str(folder / "config.yaml")]
+
+
+def environment() -> dict[str, str]:
+    """This process's, in which `-m blip.main` finds this very package from any working directory."""
+    path = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def become(folder: Path) -> None:
+    """Replaces this process by the run, so that signals sent to it reach the run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, command(folder), environment())
+
+
+def record(cfg: DictConfig, folder: Path) -> Path:
+    """Saves the config in the run folder and returns the folder. A folder with another model or data is refused."""
+    if cfg.mode not in MODES:
+        raise ValueError(f"mode={cfg.mode} is none of {', '.join(MODES)}")
+    cfg = self_contained(cfg)
+    path = folder / "config.yaml"
+    if path.exists():
+        refuse_changes(OmegaConf.load(path), cfg, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"config.{os.getpid()}.partial")
+    partial.write_text(OmegaConf.to_yaml(cfg))
+    os.replace(partial, path)
+    return folder
+
+
+def self_contained(cfg: DictConfig) -> DictConfig:
+    """The config with all that comes from outside it (time, environment, Hydra) replaced by its value.
+
+    References from one key to another stay, so that what is changed in a continued run is changed everywhere.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    for path, value in leaves(plain):
+        if isinstance(value, str) and re.search(r"\$\{[\w.]+:", value):
+            OmegaConf.update(cfg, path, OmegaConf.select(cfg, path))
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # tells now of what is missing
+    return cfg
+
+
+def reopen(folder: Path, overrides: list[str]) -> Path:
+    """Applies overrides to the config that a run folder holds and saves it there; returns the folder."""
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"resume={folder}: there is no config.yaml; a run folder is what a run prints as its last line")
+    folder = folder.resolve()
+    first = list(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
+    check(first + overrides)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        before, after = compose("config", first), compose("config", first + overrides)
+    refuse_changes(before, after, folder)
+    cfg = OmegaConf.load(folder / "config.yaml")
+    for key in MAY_CHANGE:
+        if before[key] != after[key]:
+            cfg[key] = after[key]
+    cfg.paths.run = str(folder)
+    return record(cfg, folder)
+
+
+def refuse_changes(before: Any, after: Any, folder: Path) -> None:
+    """ValueError with the list of what differs, except where a continued run may differ."""
+    old, new = (dict(leaves(OmegaConf.to_container(c, resolve=False))) for c in (before, after))
+    other = [
+        f"    {key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key)
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} holds a run with another config:\n" + "\n".join(other) + "\n"
+            f"  A run that is continued may change {', '.join(MAY_CHANGE)}. Else start a new one (another hydra.run.dir)."
+        )
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every value below a node of plain dicts and lists; an empty dict or list is a value."""
+    if isinstance(node, dict | list) and node:
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from leaves(child, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+# Mistakes in overrides --------------------------------------------------------------------------------------------
+
+
+def check(overrides: list[str]) -> None:
+    """Composes once; ValueError for the first override that can't be, with the nearest names that exist."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        singles = list(one_of_each(overrides))
+        try:
+            compose("config", singles)
+            return
+        except (HydraException, OmegaConfBaseException) as error:
+            problem = str(error)
+        sound: list[str] = []
+        for text in singles:
+            try:
+                compose("config", [*sound, text])
+                sound.append(text)
+            except (HydraException, OmegaConfBaseException) as error:
+                near = nearest(text, compose("config", sound))
+                hint = f"\n  Nearest: {', '.join(near)}" if near else ""
+                raise ValueError(f"{text}: {str(error).splitlines()[0]}{hint}") from None
+        raise ValueError(problem)
+
+
+def one_of_each(overrides: list[str]) -> Iterator[str]:
+    """The overrides, those that sweep over several values with the first of these."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ValueError(str(error)) from None
+    for text, override in zip(overrides, parsed, strict=True):
+        if not override.is_sweep_override():
+            yield text
+        elif not override.is_glob_sweep():
+            yield f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+
+
+def nearest(override: str, cfg: DictConfig) -> list[str]:
+    """Up to three keys of the config, or options of a group, that the left or right side of an override may have meant."""
+    key, _, value = override.lstrip("+~").partition("=")
+    loader = GlobalHydra.instance().config_loader()
+    if key in loader.list_groups(""):
+        return [f"{key}={o}" for o in difflib.get_close_matches(value, loader.get_group_options(key), 3, 0.3)]
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    known = {*loader.list_groups("")}
+    for path, _ in leaves(plain):
+        parts = path.split(".")
+        known.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+    last = key.split(".")[-1]
+    same_name = sorted((k for k in known if k.split(".")[-1] == last), key=len)
+    return (same_name + difflib.get_close_matches(key, sorted(known - {*same_name}), 3, 0.5))[:3]
+
+
+# The run ----------------------------------------------------------------------------------------------------------
+
+
+def execute(config: Path) -> None:
+    """Runs what a saved config says; everything that the run writes lies in the folder of that config."""
+    import blip._torchvision  # noqa: F401  (before lightning)
+
+    import lightning as L  # noqa: I001
+    from hydra.utils import instantiate
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    folder = config.resolve().parent
+    cfg = OmegaConf.load(config)
+    cfg.paths.run = str(folder)  # the folder may have been moved
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+
+    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.prepare_data()
+    task = instantiate(cfg.task, tokenizer=datamodule.tokenizer.to_json(), _convert_="all")
+    task.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=[instantiate(node, _convert_="all") for node in (cfg.callbacks or {}).values() if node],
+        logger=[instantiate(node, _convert_="all") for node in (cfg.logger or {}).values() if node],
+        default_root_dir=str(folder),
+        _convert_="all",
+    )
+    if trainer.is_global_zero:
+        (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+    last = folder / "checkpoints" / "last.ckpt"
+    if cfg.ckpt is not None and not (cfg.mode == "fit" and last.exists()):
+        load_weights(task, Path(cfg.ckpt))
+    elif cfg.mode != "fit":
+        load_weights(task, last)
+    if cfg.mode == "fit":
+        trainer.fit(task, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
+        if datamodule.test_names:
+            trainer.test(task, datamodule=datamodule, verbose=False)
+    elif cfg.mode == "validate":
+        trainer.validate(task, datamodule=datamodule, verbose=False)
+    elif cfg.mode == "test":
+        trainer.test(task, datamodule=datamodule, verbose=False)
+    else:
+        batches = trainer.predict(task, datamodule=datamodule)
+        write_predictions(trainer, batches, folder / "predictions.jsonl")
+    if trainer.is_global_zero:
+        print(folder, flush=True)
+
+
+def load_weights(task: Any, path: Path) -> None:
+    """Takes the weights of one of our checkpoints; all of them, or an error that says which differ."""
+    import torch
+
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no checkpoint. Name one by ckpt=PATH, or a run that has one by resume=RUN_FOLDER")
+    task.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+
+
+def write_predictions(trainer: Any, batches: Any, path: Path) -> None:
+    """One JSON object a line, of all ranks, in the order of the data (rank r has every world-size-th row)."""
+    import torch.distributed as dist
+
+    rows = [row for batch in batches for row in batch]
+    if trainer.world_size > 1:
+        parts: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(parts, rows)
+        rows = [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+    if trainer.is_global_zero:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def versions() -> dict[str, str | None]:
+    """What the run runs on: Python, libraries, and the commit of this code where it is a checkout."""
+    git = subprocess.run(["git", "-C", str(PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    names = ("torch", "torchvision", "lightning", "hydra-core", "timm", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found, "commit": git.stdout.strip() or None}
+
+
+if __name__ == "__main__":
+    main()
