@@ -13,19 +13,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from blip.datamodules.images import AugmentConfig, ImageError, decode, resize_square, training_view
-from blip.datamodules.index import Index, open_index, texts_of
-from blip.datamodules.plan import Cursor, EvaluationSampler, Key, Phase, Plan, Source, TrainSampler, draw, generator
-from blip.datamodules.shards import Reader, Span, expand
+from blip.datamodules.images import AugmentConfig
+from blip.datamodules.index import Index, open_index
+from blip.datamodules.locations import expand
+from blip.datamodules.plan import Cursor, EvaluationSampler, Phase, Plan, Source, TrainSampler
+from blip.datamodules.shards import EvaluationPictures, Sample, TrainPairs
 from blip.layout import TextLayout
 from blip.text import Tokenizer, clean_caption
 
@@ -57,9 +58,8 @@ class Batch:
     replaced: list[str]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        move = {"device": device, "non_blocking": non_blocking}
-        tensors = {name: getattr(self, name).to(**move) for name in _TENSORS}
-        return replace(self, layout=self.layout.to(**move), **tensors)
+        tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
+        return replace(self, layout=self.layout.to(device, non_blocking), **tensors)
 
     def pin_memory(self) -> Batch:
         tensors = {name: getattr(self, name).pin_memory() for name in _TENSORS}
@@ -67,20 +67,6 @@ class Batch:
 
 
 _TENSORS = ("image", "input_ids", "image_ids", "text_row", "source")
-
-
-class Sample(NamedTuple):
-    """One picture on its way to a batch: image [S, S, 3] uint8, its text or texts."""
-
-    image: np.ndarray
-    texts: list[str]
-    references: list[str]
-    key: str
-    image_id: int
-    source: int
-    epoch: int
-    position: int
-    replaced: tuple[str, ...] = ()
 
 
 def collate(samples: Sequence[Sample], tokenizer: Tokenizer, max_words: int, max_tokens: int, vocab_size: int) -> Batch:
@@ -103,122 +89,6 @@ def collate(samples: Sequence[Sample], tokenizer: Tokenizer, max_words: int, max
         position=samples[0].position,
         replaced=[name for sample in samples for name in sample.replaced],
     )
-
-
-class _Pictures:
-    """Reads pictures of several indexes by number."""
-
-    def __init__(self, indexes: Sequence[Index]) -> None:
-        self.indexes, self.reader = indexes, Reader()
-        self.id_starts = np.concatenate([[0], np.cumsum([len(index.pictures) for index in indexes])])
-
-    def read(self, where: Sequence[tuple[int, int]]) -> list[tuple[bytes, list[str]]]:
-        """(index number, picture) -> (bytes of the picture, texts)."""
-        spans, is_json = [], []
-        for source, picture in where:
-            index = self.indexes[source]
-            row = index.pictures[picture]
-            shard = int(index.shard_of(picture))
-            image, text = (int(row["image_at"]), int(row["image_size"])), (int(row["text_at"]), int(row["text_size"]))
-            spans.append(Span(index.location(shard), int(index.sizes[shard]), image, text))
-            is_json.append(bool(row["json"]))
-        read = self.reader.read(spans)
-        return [(image, texts_of(text, kind)) for (image, text), kind in zip(read, is_json, strict=True)]
-
-    def name(self, source: int, picture: int) -> str:
-        return self.indexes[source].full_name(picture)
-
-
-class TrainPairs(Dataset):
-    """The dataset whose keys are positions of the plan. Holds no state: what a key gives depends on the key alone."""
-
-    def __init__(
-        self, indexes: Sequence[Index], plan: Plan, captions: str, size: int, config: AugmentConfig | None
-    ) -> None:
-        self.pictures, self.plan, self.captions, self.size, self.config = (
-            _Pictures(indexes),
-            plan,
-            captions,
-            size,
-            config,
-        )
-
-    def __getitem__(self, key: Key) -> Sample:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
-        places = self._places(keys[0].epoch, [key.position for key in keys])
-        read = self.pictures.read([(source, picture) for source, picture, _ in places])
-        return [self._sample(key, place, found) for key, place, found in zip(keys, places, read, strict=True)]
-
-    def _places(self, epoch: int, positions: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Positions -> (source, picture, number of its text)."""
-        sources, units = self.plan.resolve(epoch, np.array(positions))
-        places = []
-        for source, unit, position in zip(sources.tolist(), units, positions, strict=True):
-            index = self.pictures.indexes[source]
-            if self.captions == "all":
-                picture, text = index.picture_of(unit)
-            else:
-                picture = unit
-                text = draw(int(index.text_counts(picture)), self.plan.seed, epoch, position, "text")
-            places.append((source, int(picture), int(text)))
-        return places
-
-    def _sample(self, key: Key, place: tuple[int, int, int], found: tuple[bytes, list[str]]) -> Sample:
-        """The pair of this position or, where it does not decode, of the next position of the same global batch."""
-        failed: list[str] = []
-        for step in range(key.stop - key.start):
-            if step:
-                next_one = key.start + (key.position - key.start + step) % (key.stop - key.start)
-                (place,) = self._places(key.epoch, [next_one])
-                (found,) = self.pictures.read([place[:2]])
-            source, picture, text = place
-            try:
-                image = self._view(found[0], key)
-            except ImageError as error:
-                failed.append(f"{self.pictures.name(source, picture)} ({error.reason})")
-                continue
-            index = self.pictures.indexes[source]
-            image_id = int(self.pictures.id_starts[source]) + picture
-            return Sample(
-                image, [found[1][text]], [], index.key(picture), image_id, source, key.epoch, key.stop, tuple(failed)
-            )
-        raise ValueError(
-            f"no pair of the global batch at position {key.start} of epoch {key.epoch} decodes: {failed[:5]} ..."
-        )
-
-    def _view(self, data: bytes, key: Key) -> np.ndarray:
-        if self.config is None:
-            return resize_square(decode(data), self.size)
-        return training_view(data, self.config, generator(self.plan.seed, key.epoch, key.position, "augment"))
-
-
-class EvaluationPictures(Dataset):
-    """Every picture once, as it is (resized), with its first text or all; all texts as references."""
-
-    def __init__(self, index: Index, captions: str, size: int) -> None:
-        self.pictures, self.captions, self.size = _Pictures([index]), captions, size
-
-    def __len__(self) -> int:
-        return len(self.pictures.indexes[0].pictures)
-
-    def __getitem__(self, picture: int) -> Sample:
-        return self.__getitems__([picture])[0]
-
-    def __getitems__(self, pictures: Sequence[int]) -> list[Sample]:
-        samples = []
-        for picture, (data, texts) in zip(pictures, self.pictures.read([(0, p) for p in pictures]), strict=True):
-            try:
-                image = resize_square(decode(data), self.size)
-            except ImageError as error:  # to leave it out would change what is measured
-                raise ValueError(
-                    f"{self.pictures.name(0, picture)}: {error}; index with `blip data index --verify`"
-                ) from error
-            shown = texts[:1] if self.captions == "first" else texts
-            key = self.pictures.indexes[0].key(picture)
-            samples.append(Sample(image, shown, texts, key, picture, 0, 0, pictures[-1] + 1))
-        return samples
 
 
 class _Watched(DataLoader):
@@ -250,6 +120,7 @@ class PairsDataModule(pl.LightningDataModule):
     augment: options of AugmentConfig but its size; None only resizes
     bad_share: training stops when more of the pairs seen than this had to be replaced (counted as if at least 1,000 were seen)
     total_pairs: length of the run in pairs, needed for phases
+    cache_gb: room for whole shards of servers without ranges; None has no limit
     allow_other_data: go on from a state of other data
     """
 
@@ -273,6 +144,7 @@ class PairsDataModule(pl.LightningDataModule):
         bad_share: float = 0.01,
         total_pairs: int | None = None,
         vocab_size: int | None = None,
+        cache_gb: float | None = None,
         allow_other_data: bool = False,
     ) -> None:
         super().__init__()
@@ -289,6 +161,7 @@ class PairsDataModule(pl.LightningDataModule):
         self.augment = None if augment is None else AugmentConfig(size=image_size, **augment)
         self.num_workers, self.prefetch = num_workers, prefetch
         self.bad_share, self.allow_other_data = bad_share, allow_other_data
+        self.cache_bytes = None if cache_gb is None else int(cache_gb * 2**30)
         self.val_names, self.test_names = list(self.val), list(self.test)
         self.cursor = Cursor()
         self.seen, self.replaced = 0, 0
@@ -337,16 +210,16 @@ class PairsDataModule(pl.LightningDataModule):
                 f"  {source.name}: {pairs:,} pairs an epoch ({pairs / self.plan.pairs:.1%}) of {_counts(index)}"
             )
         for stage, sets in (("val", self.val), ("test", self.test)):
-            lines += [f"{stage} {name}: {_counts(self._evaluation_index(spec))}" for name, spec in sets.items()]
+            lines += [
+                f"{stage} {name}: {_counts(open_index(spec['shards'], spec.get('index')))}"
+                for name, spec in sets.items()
+            ]
         return "\n".join(lines)
-
-    def _evaluation_index(self, spec: Mapping[str, Any]) -> Index:
-        return open_index(spec["shards"], spec.get("index"))
 
     def prepare_data(self) -> None:
         """Makes the indexes that are missing; safe to call on every rank (there is a lock)."""
         for spec in (*self.sources, *self.val.values(), *self.test.values()):
-            open_index(_all_shards(spec), spec.get("index"))
+            open_index(_all_shards(spec), spec.get("index"), progress=_tell)
 
     # loaders
 
@@ -359,7 +232,7 @@ class PairsDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         rank, world_size = self._rank()
         sampler = TrainSampler(self.plan.pairs, self.batch_size, rank, world_size, self.cursor)
-        dataset = TrainPairs(self.indexes, self.plan, self.captions, self.image_size, self.augment)
+        dataset = TrainPairs(self.indexes, self.plan, self.captions, self.image_size, self.augment, self.cache_bytes)
         return _Watched(dataset, batch_sampler=sampler, watch=self._count, **self._options(self.batch_size))  # type: ignore
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -369,7 +242,8 @@ class PairsDataModule(pl.LightningDataModule):
         return [self._evaluation_loader(spec) for spec in self.test.values()]
 
     def _evaluation_loader(self, spec: Mapping[str, Any]) -> DataLoader:
-        dataset = EvaluationPictures(self._evaluation_index(spec), spec.get("captions", "first"), self.image_size)
+        index, captions = open_index(spec["shards"], spec.get("index")), spec.get("captions", "first")
+        dataset = EvaluationPictures(index, captions, self.image_size, self.cache_bytes)
         sampler = EvaluationSampler(len(dataset), self.eval_batch_size, *self._rank())
         return DataLoader(dataset, batch_sampler=sampler, **self._options(self.eval_batch_size))  # type: ignore
 
@@ -483,6 +357,10 @@ def _part(source: Mapping[str, Any], index: Index, captions: str, number: int) -
         weight=source.get("weight"),
         phases=phases,
     )
+
+
+def _tell(done: int, of: int, name: str) -> None:
+    log.info("indexing shards: %d of %d (%s)", done, of, name)
 
 
 def _counts(index: Index) -> str:

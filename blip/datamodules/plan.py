@@ -17,6 +17,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +134,7 @@ class Plan:
     def resolve(self, epoch: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions [n] of an epoch -> (source [n], unit within the source [n])."""
         positions = np.asarray(positions, dtype=np.int64)
-        if len(positions) and not (0 <= positions.min() and positions.max() < self.pairs):
+        if len(positions) and (positions.min() < 0 or positions.max() >= self.pairs):
             raise ValueError(f"positions {positions.min()} to {positions.max()} of an epoch of {self.pairs} pairs")
         sources, ordinals = self._interleave(epoch, positions)
         units = np.empty_like(positions)
@@ -149,7 +150,7 @@ class Plan:
         blocks = np.searchsorted(self._block_starts, positions, side="right") - 1
         sources, ordinals = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):
-            labels, ranks = self._recall(("block", epoch, int(block)), lambda b=block: self._block(epoch, int(b)))
+            labels, ranks = self._recall(("block", epoch, int(block)), partial(self._block, epoch, int(block)))
             here = blocks == block
             offsets = positions[here] - self._block_starts[block]
             sources[here] = labels[offsets]
@@ -167,28 +168,50 @@ class Plan:
 
     def _sequence(self, i: int, ordinals: np.ndarray) -> np.ndarray:
         """Places in the endless sequence of source i -> its units."""
+        phases, passes, within = self._locate(i, ordinals)
         units = np.empty_like(ordinals)
-        firsts = np.array([first for first, _ in self._phases[i]])
-        phases = np.searchsorted(firsts, ordinals, side="right") - 1
-        for phase in np.unique(phases):
-            shards = self._phases[i][phase][1]
-            passes, within = np.divmod(ordinals - firsts[phase], self.sources[i].counts[shards].sum())
-            for number in np.unique(passes[phases == phase]):
-                here = (phases == phase) & (passes == number)
-                units[here] = self._in_pass((i, int(phase), int(number)), shards, within[here])
+        for phase, number in sorted(set(zip(phases.tolist(), passes.tolist(), strict=True))):
+            here = (phases == phase) & (passes == number)
+            units[here] = self._in_pass((i, phase, number), within[here])
         return units
 
-    def _in_pass(self, key: tuple[int, int, int], shards: np.ndarray, within: np.ndarray) -> np.ndarray:
-        one: _Pass = self._recall(("pass", *key), lambda: self._pass(key, shards))
+    def _locate(self, i: int, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places in the sequence of source i -> (phase, pass of that phase, place in the pass)."""
+        firsts = np.array([first for first, _ in self._phases[i]])
+        lengths = np.array([self.sources[i].counts[shards].sum() for _, shards in self._phases[i]])
+        phases = np.searchsorted(firsts, ordinals, side="right") - 1
+        return phases, *np.divmod(ordinals - firsts[phases], lengths[phases])
+
+    def _in_pass(self, key: tuple[int, int, int], within: np.ndarray) -> np.ndarray:
+        one = self._pass(key)
         windows = np.searchsorted(one.window_starts, within, side="right") - 1
         units = np.empty_like(within)
-        for window in np.unique(windows):
-            order = self._recall(("window", *key, int(window)), lambda w=window: self._window(key, one, int(w)))
+        for window in np.unique(windows).tolist():
+            order = self._recall(("window", *key, window), partial(self._window, key, one, window))
             here = windows == window
             units[here] = order[within[here] - one.window_starts[window]]
         return units
 
-    def _pass(self, key: tuple[int, int, int], shards: np.ndarray) -> _Pass:
+    def ahead(self, epoch: int, position: int) -> list[tuple[int, list[int]]]:
+        """(source, its shards in the window after the one it has come to): what may be fetched ahead. Exact to a block."""
+        block = np.searchsorted(self._block_starts, position, side="right") - 1
+        coming = []
+        for i, pairs in enumerate(self.pairs_by_source):
+            gone = position if len(self.sources) == 1 else self._block_ordinals[i, block]
+            (phase,), (number,), (within,) = (a.tolist() for a in self._locate(i, np.array([epoch * pairs + gone])))
+            one = self._pass((i, phase, number))
+            window = int(np.searchsorted(one.window_starts, within, side="right"))
+            if window == len(one.window_starts) - 1:
+                one, window = self._pass((i, phase, number + 1)), 0
+            coming.append((i, one.shards[one.window_shards[window] : one.window_shards[window + 1]].tolist()))
+        return coming
+
+    def _pass(self, key: tuple[int, int, int]) -> _Pass:
+        return self._recall(("pass", *key), lambda: self._cut(key))
+
+    def _cut(self, key: tuple[int, int, int]) -> _Pass:
+        """The pass (source, phase, number): its shards permuted, and cut in windows."""
+        shards = self._phases[key[0]][key[1]][1]
         shards = shards[permutation(len(shards), self.seed, *key, "shards")]
         ends = np.cumsum(self.sources[key[0]].counts[shards])
         cuts, full = [0], 0
