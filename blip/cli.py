@@ -1,0 +1,205 @@
+"""The `blip` command. Each command is a parser and a function that returns the exit status; what is heavy is imported there.
+
+    blip data index SHARDS...                   the index of tar shards, with every picture decoded once
+    blip data build IMAGES CAPTIONS OUT         shards from a folder or zip of pictures and a file of captions
+    blip data check SHARDS...                   what is in shards, and whether it suffices for given ranks and workers
+
+A user's mistake is one line on the error stream and status 1; a result goes to the output stream, progress to the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blip.datamodules.index import Report, Spread
+
+NAMED = 5  # names shown for each reason
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line (default: of this process) and returns its exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"blip: error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands. Each group adds its own in one function, named here."""
+    top = argparse.ArgumentParser(prog="blip", description="BLIP: data, checkpoints and scores from the command line.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_data,):
+        add(commands)
+    return top
+
+
+# --- blip data ---
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser("data", help="make, index and check shards").add_subparsers(
+        metavar="WHAT", required=True
+    )
+
+    index = data.add_parser("index", help="make the index of tar shards", description=index_shards.__doc__)
+    index.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns, or URLs")
+    index.add_argument("--out", type=Path, help="the index file (default: beside the shards, or in the cache)")
+    index.add_argument("--no-verify", action="store_true", help="do not decode every picture once")
+    index.add_argument("--workers", type=int, default=0, help="processes that share the shards (default: %(default)s)")
+    index.set_defaults(run=index_shards)
+
+    build = data.add_parser(
+        "build", help="make shards from pictures and a file of captions", description=build_shards.__doc__
+    )
+    build.add_argument("images", type=Path, metavar="IMAGES", help="a folder or a zip of pictures")
+    build.add_argument(
+        "captions", type=Path, metavar="CAPTIONS", help="CSV, JSON or JSON lines with columns like image and caption"
+    )
+    build.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    build.add_argument("--split", help="keep only the rows of this split")
+    build.add_argument("--split-column", default="split", help="column that names the split (default: %(default)s)")
+    build.add_argument("--shard-size", type=int, default=1000, help="pictures a shard (default: %(default)s)")
+    build.set_defaults(run=build_shards)
+
+    check = data.add_parser("check", help="show what is in shards", description=check_shards.__doc__)
+    check.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns, or URLs")
+    check.add_argument("--index", help="an index file made elsewhere")
+    check.add_argument("--ranks", type=int, default=1, help="processes that train together (default: %(default)s)")
+    check.add_argument("--workers", type=int, default=1, help="loader workers a rank (default: %(default)s)")
+    check.add_argument(
+        "--captions", choices=("all", "one"), default="all", help="pairs: each caption, or each picture (default: all)"
+    )
+    check.add_argument("--batch-size", type=int, default=75, help="pairs a rank and step (default: %(default)s)")
+    check.set_defaults(run=check_shards)
+
+
+def index_shards(options: argparse.Namespace) -> int:
+    """Reads every shard once, checks it strictly and writes the index that training reads pairs by."""
+    from blip.datamodules.index import build_index
+
+    index = build_index(
+        options.shards, options.out, verify=not options.no_verify, progress=_shards_done, workers=options.workers
+    )
+    _show(index.report)
+    print(f"index: {index.path}")
+    return 0
+
+
+def build_shards(options: argparse.Namespace) -> int:
+    """Packs pictures, their bytes untouched, with their captions into WebDataset shards; says what is left out and why."""
+    from blip.datamodules.layouts.folder import LEFT_OUT, build
+
+    built = build(
+        options.images,
+        options.captions,
+        options.out,
+        split=options.split,
+        split_column=options.split_column,
+        shard_size=options.shard_size,
+        progress=_pictures_done,
+    )
+    print(
+        f"{options.out}: {_count(built.pictures, 'picture')} ({built.bytes / 1e6:.1f} MB), {_count(built.captions, 'caption')}, "
+        f"{_count(built.shards, 'shard')}"
+    )
+    _show_left_out({reason: len(names) for reason, names in built.reasons.items()}, built.reasons)
+    if built.left_out:
+        print(f"all of them: {options.out / LEFT_OUT}")
+    return 0
+
+
+def check_shards(options: argparse.Namespace) -> int:
+    """Shows counts, sizes, caption lengths and broken rows of shards, and whether they suffice; status 1 if not."""
+    from blip.datamodules.index import open_index
+
+    for name in ("ranks", "workers", "batch_size"):
+        if getattr(options, name) < (0 if name == "workers" else 1):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: too few")
+    report = open_index(options.shards, options.index, progress=_shards_done).report
+    _show(report)
+    pairs = report.texts if options.captions == "all" else report.pictures
+    enough = _suffices(pairs, options.ranks, options.workers, options.batch_size)
+    if 0 < report.shards < options.ranks * options.workers:
+        print(
+            f"note: fewer shards than workers ({options.ranks} x {options.workers}); here pairs are dealt one by one, so that is "
+            "no matter, but readers that deal whole shards would leave workers without any"
+        )
+    return 0 if enough else 1
+
+
+def _suffices(pairs: int, ranks: int, workers: int, batch_size: int) -> bool:
+    """Prints what an epoch of so many pairs is for this layout; False where it has no step."""
+    steps, rest = divmod(pairs, ranks * batch_size)
+    layout = f"{_count(ranks, 'rank')} x {_count(batch_size, 'pair')} a step"
+    if steps == 0:
+        print(f"NOT ENOUGH for {layout}: an epoch has {_count(pairs, 'pair')}")
+        return False
+    print(
+        f"enough for {layout}: {_count(steps, 'step')} an epoch on every rank, {_count(rest, 'pair')} left out of each epoch"
+    )
+    if steps < workers:
+        print(f"note: whole batches go to workers, so only {steps} of the {workers} of a rank have work")
+    return True
+
+
+def _show(report: Report) -> None:
+    print(
+        f"{_count(report.shards, 'shard')}, {report.bytes / 1e6:.1f} MB: "
+        f"{_count(report.pictures, 'picture')}, {_count(report.texts, 'caption')}"
+    )
+    for name, spread, unit in (
+        ("width", report.width, "px"),
+        ("height", report.height, "px"),
+        ("picture", report.image_bytes, "bytes"),
+        ("caption", report.caption_words, "words"),
+    ):
+        print(f"{name:>8}: {_spread(spread, unit)}")
+    if not report.verified:
+        print("pictures were not decoded: broken ones are not known (index again without --no-verify)")
+    _show_left_out(report.skipped, report.skipped_names)
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def _spread(spread: Spread, unit: str) -> str:
+    if spread.median is None:
+        return "not measured"
+    return f"{spread.min:g} to {spread.max:g} {unit}, median {spread.median:g}"
+
+
+def _show_left_out(counts: dict[str, int], names: dict[str, list[str]]) -> None:
+    if counts:
+        print(f"left out: {sum(counts.values())}")
+    for reason, count in counts.items():
+        shown = ", ".join(names[reason][:NAMED])
+        print(f"{count:>8} {reason}: {shown}{', ...' * (count > NAMED)}")
+
+
+def _progress(unit: str) -> Callable[..., None]:
+    """A counter on one line of a terminal; silent elsewhere."""
+
+    def show(done: int, of: int, name: str = "") -> None:
+        if sys.stderr.isatty():
+            print(
+                f"\r{done}/{of} {unit} {name}\033[K", end="" if done < of else "\r\033[K", file=sys.stderr, flush=True
+            )
+
+    return show
+
+
+_shards_done, _pictures_done = _progress("shards"), _progress("pictures")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
