@@ -27,7 +27,7 @@ KEPT = 4  # windows, passes and blocks remembered
 
 
 def _philox(*key: Any) -> np.random.Philox:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, dtype="<u8"))
 
 
