@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from blip.layout import TextLayout
@@ -24,6 +25,7 @@ from blip.text import Tokenizer
 PADDED = "padding, which packed tokens have none of"
 NO_CROSS = "our momentum encoder never looks at pictures and carries no cross-attention"
 NOISE = "its true gradient is zero, so that float32 steps amplify rounding noise"
+RESOLVED = 1e-6
 USED = {"med_config.": "an input of the run", "vit.": "an input of the run", "hyper.": "an input of the run"}
 
 
@@ -202,6 +204,8 @@ def run_pretrain(
     state = {name: tensor.detach() for name, tensor in task.state_dict().items()}
     names = released_names({name: tensor for name, tensor in state.items() if not name.startswith("queue.")})
     _after(out, case, f"step{steps}", names, dtype)
+    if dtype == torch.float32:
+        _leave_noise(out, folder, f"step{steps}")
     out.lists = {
         **lists,
         "captions": case["captions"],  # their ids were compared above
@@ -241,6 +245,17 @@ def _after(out: Any, case: dict[str, Any], step: str, names: dict[str, Tensor], 
                 out.reasons[full] = NOISE
             else:
                 out.tensors[full] = names[name]
+
+
+def _leave_noise(out: Any, folder: Path, step: str) -> None:
+    """Leaves out the places whose first gradient float32 cannot resolve: Adam divides by it, and steps by noise."""
+    path = folder / "f64.safetensors"
+    for name, gradient in (load_file(path) if path.exists() else {}).items():
+        full = name.replace("step1.grad.", f"{step}.after.param.")
+        if name.startswith("step1.grad.") and full not in out.masks:
+            noise = (gradient != 0) & (gradient.abs() < RESOLVED)
+            if noise.any():
+                out.masks[full] = (~noise, f"a gradient below {RESOLVED:g}, from which float32 makes a step of noise")
 
 
 def _train(task: Replay, batch: SimpleNamespace) -> dict[str, Tensor]:
