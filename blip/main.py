@@ -30,6 +30,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -129,7 +130,9 @@ def self_contained(cfg: DictConfig) -> DictConfig:
 def reopen(folder: Path, overrides: list[str]) -> Path:
     """Applies overrides to the config that a run folder holds and saves it there; returns the folder."""
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"resume={folder}: there is no config.yaml; a run folder is what a run prints as its last line")
+        raise ValueError(
+            f"resume={folder}: there is no config.yaml; a run folder is what a run prints as its last line"
+        )
     folder = folder.resolve()
     first = list(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
     check(first + overrides)
@@ -201,7 +204,7 @@ def one_of_each(overrides: list[str]) -> Iterator[str]:
     for text, override in zip(overrides, parsed, strict=True):
         if not override.is_sweep_override():
             yield text
-        elif not override.is_glob_sweep():
+        elif override.value_type != ValueType.GLOB_CHOICE_SWEEP:
             yield f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
@@ -232,6 +235,7 @@ def execute(config: Path) -> None:
     from hydra.utils import instantiate
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder = config.resolve().parent
     cfg = OmegaConf.load(config)
     cfg.paths.run = str(folder)  # the folder may have been moved
@@ -276,7 +280,9 @@ def load_weights(task: Any, path: Path) -> None:
     import torch
 
     if not path.is_file():
-        raise ValueError(f"{path}: there is no checkpoint. Name one by ckpt=PATH, or a run that has one by resume=RUN_FOLDER")
+        raise ValueError(
+            f"{path}: there is no checkpoint. Name one by ckpt=PATH, or a run that has one by resume=RUN_FOLDER"
+        )
     task.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
 
 

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+import blip._torchvision  # noqa: F401
+
+import lightning as L  # noqa: I001, E402
 
 
 @dataclass
@@ -20,7 +23,7 @@ class Batch:
 
 
 class Numbers(Dataset):
-    """What a position of an epoch holds is a function of the two; position 13 of epoch 1 can be spoilt."""
+    """What a position of an epoch holds is a function of the two; `spoil` puts a NaN into each batch."""
 
     def __init__(self, spoil: bool = False) -> None:
         self.spoil = spoil
@@ -60,6 +63,19 @@ class Order:
             p += size * self.data.ranks
 
 
+class Held:
+    """Four rows for evaluation, one a batch; rank r has every ranks-th from r on."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        return 4 // self.ranks
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        yield from ([(9, i)] for i in range(self.rank, 4, self.ranks))
+
+
 class Data(L.LightningDataModule):
     """`pairs` rows an epoch, streamed from a cursor; one set of evaluation."""
 
@@ -86,8 +102,8 @@ class Data(L.LightningDataModule):
         return DataLoader(Numbers(self.spoil), batch_sampler=Order(self), collate_fn=collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:
-        keys = [[(9, i + self.rank)] for i in range(0, 4, self.ranks)]
-        return DataLoader(Numbers(), batch_sampler=keys, collate_fn=collate)  # type: ignore[arg-type]
+        sampler = Held(self.rank, self.ranks)
+        return DataLoader(Numbers(), batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
     test_dataloader = predict_dataloader = val_dataloader
 
@@ -104,28 +120,30 @@ class Data(L.LightningDataModule):
 
 
 class Task(L.LightningModule):
-    """A linear layer with dropout, trained to zero; remembers which rows it saw."""
+    """A linear layer with dropout, trained to zero; `seen` adds up where in the stream its batches came from."""
+
+    stop_at = -1  # the batch before which the run is cut off, in this process
 
     def __init__(self, tokenizer: str = "{}", lr: float = 0.1, width: int = 4) -> None:
         super().__init__()
         self.tokenizer_json, self.lr, self.config_yaml = tokenizer, lr, ""
         self.layer = nn.Linear(4, width)
-        self.register_buffer("seen", torch.zeros(()))
-        self.positions: list[tuple[int, int]] = []
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(self.global_step)
+        torch.manual_seed(1000 * self.global_step + batch_idx)
         self.batch = batch
+        if self.trainer.fit_loop.total_batch_idx == Task.stop_at:
+            raise InterruptedError("cut off")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.positions.append((batch.epoch, batch.position))
         loss = nn.functional.dropout(self.layer(batch.image), 0.5).square().mean()
         self.log_dict({"train/loss": loss, "train/itc": loss}, prog_bar=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.seen += 1
+        self.seen = (self.seen * 31 + 100 * self.batch.epoch + self.batch.position) % 1_000_003
         self.trainer.datamodule.advance(self.batch)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -37,7 +37,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             kept = "the checkpoint before it is kept" if path.exists() else "there is none before it"
             raise OSError(
-                cause.errno, f"checkpoint not saved ({cause.strerror}); {kept}. Make room, then resume the run", str(path)
+                cause.errno,
+                f"checkpoint not saved ({cause.strerror}); {kept}. Make room, then resume the run",
+                str(path),
             ) from None
 
 
@@ -82,4 +84,4 @@ class Checkpoint(L.Callback):
 
     def save(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)

@@ -78,9 +78,14 @@ class Curves(L.Callback):
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / "curves.png"
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         for log in self.logs(trainer):
-            log.cut(trainer.global_step)
+            log.cut(checkpoint["global_step"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 0:  # nothing was saved before the run was stopped
+            for log in self.logs(trainer):
+                log.cut(0)
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -21,7 +21,13 @@ class Gallery(L.Callback):
         self.count = count
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == dataloader_idx == 0 and trainer.is_global_zero and hasattr(pl_module, "gallery"):
             draw_sheet(pl_module.gallery(batch)[: self.count], self.path)  # type: ignore[operator]
@@ -30,7 +36,13 @@ class Gallery(L.Callback):
                     logger.log_image("contact_sheet", [str(self.path)])
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn == "validate":
             self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
@@ -53,5 +65,7 @@ def draw_sheet(cards: list[dict[str, Any]], path: Path, columns: int = 4) -> Non
     for axes, card in zip(grid, cards, strict=False):
         axes.imshow(card["image"], interpolation="nearest")
         text = "\n".join(fill(f"{name}: {card[name]}", 46) for name in ("true", "generated", "best", "worst"))
-        axes.text(0, -0.04, text.replace("$", r"\$"), transform=axes.transAxes, va="top", fontsize=7, family="monospace")
+        axes.text(
+            0, -0.04, text.replace("$", r"\$"), transform=axes.transAxes, va="top", fontsize=7, family="monospace"
+        )
     figure.savefig(path, dpi=110)

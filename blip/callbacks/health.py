@@ -57,7 +57,8 @@ class Health(L.Callback):
             self.stuck = self.stuck + 1 if abs(seen["itm"] - PRIOR) < 0.01 else 0
             if self.stuck >= 3:
                 self.warn(
-                    "itm", f"step {step}: ITM stays at {PRIOR:.3f}, its value without any knowledge: lower the rate, or cleaner data"
+                    "itm",
+                    f"step {step}: ITM stays at {PRIOR:.3f}, its value without any knowledge: lower the rate, or cleaner data",
                 )
 
     def warn(self, kind: str, message: str) -> None:

@@ -14,8 +14,8 @@ import lightning as L
 class Metrics(L.Callback):
     """Writes `folder`/metrics.json after training, validation and test, and prints what the test measured.
 
-    The values go into the checkpoint, so a run that was interrupted ends with the file of one that was not. Callbacks with
-    a method `run_metrics` add theirs. A value that is not finite becomes null.
+    What validation measured goes into the checkpoint, so a run that was interrupted ends with the file of one that was not.
+    Callbacks with a method `run_metrics` add theirs. A value that is not finite becomes null.
     """
 
     def __init__(self, folder: str) -> None:
@@ -43,7 +43,9 @@ class Metrics(L.Callback):
     def write(self, trainer: L.Trainer, shown: str) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        values = {name: value if math.isfinite(value) else None for name, value in sorted(self.values.items())}
+        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        now = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
+        values = dict(sorted((before | now).items()))
         partial = self.path.with_name(f"{self.path.name}.partial")
         partial.write_text(json.dumps(values, indent=2) + "\n")
         os.replace(partial, self.path)
@@ -53,7 +55,7 @@ class Metrics(L.Callback):
                 print(f"  {name:{width}}  {value:8.2f}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": dict(self.values)}
+        return {"values": {name: value for name, value in self.values.items() if name.startswith("val/")}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.values = dict(state_dict["values"])
