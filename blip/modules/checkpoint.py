@@ -137,7 +137,7 @@ def _tensors_and_texts(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds more than tensors and plain values, refused unread: {error}") from error
-    except (RuntimeError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, SafetensorError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: damaged or not a checkpoint: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")

@@ -115,7 +115,8 @@ def _rename_vision(tensors: Mapping[str, Tensor], table: list[tuple[re.Pattern[s
 
 _PARTS = {
     r"model\.visual_encoder\.": "image encoder",
-    r"model\.med\.(encoder|embeddings)\.": "text encoder",
+    r"model\.med\.embeddings\.": "text embeddings",
+    r"model\.med\.encoder\.": "text encoder",
     r"model\.med\.(decoder|decoder_embeddings|lm_head)\.": "text decoder",
     r"model\.(vision|text)_proj\.": "ITC projections",
     r"model\.itm_head\.": "ITM head",
@@ -123,7 +124,7 @@ _PARTS = {
     r"momentum\.": "momentum encoder",
     r"queue\.": "queue",
 }
-_ENCODER = ("image encoder", "text encoder")
+_ENCODER = ("image encoder", "text embeddings", "text encoder")
 _MATCHER = (*_ENCODER, "ITC projections", "ITM head")
 _STATE = ("temperature", "momentum encoder", "queue")
 RELEASED = {  # what the files of the released classes hold
