@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what PIL may take bytes for: none that starts other programs
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # of a progressive JPEG; each scan costs a pass over all pixels, and a file can hold thousands
+BAND = 1024  # rows that are converted at once
 FILL = 128  # grey that warps and shifts leave behind
 _SHEAR, _DEGREES, _SHIFT = 0.15, 15.0, 5  # level 5 of 10
 _LEVELS = np.arange(256)
@@ -286,11 +287,18 @@ def _decode_any(data: bytes, max_pixels: int) -> np.ndarray:
     """The picture by PIL: whatever is not a plain JPEG, and the last word on what is broken."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL tells of every odd EXIF field
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 _check_pixels(*picture.size, max_pixels)
                 picture.load()
-                return _rgb(picture)
+                image = np.empty((picture.height, picture.width, 3), np.uint8)
+                for top in range(
+                    0, picture.height, BAND
+                ):  # in bands, or the copies on the way need four times the memory
+                    bottom = min(top + BAND, picture.height)
+                    image[top:bottom] = _rgb(picture.crop((0, top, picture.width, bottom)))
+                return image
     except PIL.UnidentifiedImageError as error:
         raise ImageError("not an image", f"{len(data)} bytes that begin with {data[:16]!r}") from error
     except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError) as error:
@@ -310,5 +318,5 @@ def _rgb(picture: PIL.Image.Image) -> np.ndarray:
         layer = picture.convert("RGBA")
         paper = PIL.Image.new("RGB", layer.size, "white")
         paper.paste(layer, mask=layer)
-        return np.array(paper)
-    return np.array(picture.convert("RGB"))
+        return np.asarray(paper)
+    return np.asarray(picture.convert("RGB"))

@@ -126,6 +126,13 @@ def test_the_limit_of_pixels_is_read_from_the_header():
         decode(encoded(picture(60, 80), format="PNG"), max_pixels=4799)
 
 
+def test_tall_pictures_are_converted_in_bands_without_a_seam():
+    tall = picture(2500, 7)
+    assert np.array_equal(decode(encoded(tall, format="PNG")), tall)
+    palette = PIL.Image.fromarray(tall).quantize(16)
+    assert np.array_equal(decode(encoded(palette, format="PNG")), np.array(palette.convert("RGB")))
+
+
 def test_transparent_parts_become_white():
     image = np.zeros((4, 4, 4), np.uint8)
     image[:2] = (200, 10, 20, 255)

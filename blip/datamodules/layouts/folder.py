@@ -83,7 +83,9 @@ def build(
         try:
             _write(folder, _samples(pictures, captions_of, built, progress), shard_size, built)
             if not built.pictures:
-                found = ", ".join(f"{len(names)} {reason} ({names[0]} ...)" for reason, names in built.reasons.items())
+                found = ", ".join(
+                    f"{reason} ({len(names)} times, first {names[0]})" for reason, names in built.reasons.items()
+                )
                 raise ValueError(f"no pair in {images} with {captions}: {found or 'no rows'}")
             folder.chmod(0o755)
             if out.exists():
