@@ -103,6 +103,13 @@ class _Watched(DataLoader):
             self.watch(batch)
             yield batch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the state is the data module's. That it is here tells Lightning that the loader can go on in mid-epoch."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Nothing to load."""
+
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)

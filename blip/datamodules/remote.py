@@ -53,10 +53,11 @@ class Remote:
     def __init__(self, cache_bytes: int | None = None) -> None:
         self.cache_bytes = cache_bytes
         self._process = 0
+        self.ahead: threading.Thread | None = None
         self._whole: set[str] = set()  # servers that are known to have no ranges
 
     def __getstate__(self) -> dict:
-        return {"cache_bytes": self.cache_bytes, "_process": 0, "_whole": self._whole}
+        return {"cache_bytes": self.cache_bytes, "_process": 0, "_whole": self._whole, "ahead": None}
 
     def read(self, asked: Sequence[tuple[Shard, Sequence[tuple[int, int]]]]) -> list[list[bytes] | Path]:
         """For each (shard, its (offset, length) reads): the bytes, or the file in the cache to read them from."""
@@ -66,7 +67,9 @@ class Remote:
         """Begins to bring whole shards of servers without ranges into the cache, beside the reading, and does not wait."""
         wanted = [shard for shard in shards if is_url(shard.location) and _server(shard.location) in self._whole]
         if wanted:
-            threading.Thread(target=self._fetch_all, args=(wanted,), daemon=True).start()
+            self._threads()
+            self.ahead = threading.Thread(target=self._fetch_all, args=(wanted,), daemon=True)
+            self.ahead.start()
 
     def _fetch_all(self, shards: Sequence[Shard]) -> None:
         # a failure is not lost: who reads the shard meets it again
