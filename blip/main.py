@@ -229,9 +229,10 @@ def nearest(override: str, cfg: DictConfig) -> list[str]:
 
 def execute(config: Path) -> None:
     """Runs what a saved config says; everything that the run writes lies in the folder of that config."""
-    import blip._torchvision  # noqa: F401  (before lightning)
+    import blip._torchvision  # noqa: F401
 
-    import lightning as L  # noqa: I001
+    # isort: split
+    import lightning as L
     from hydra.utils import instantiate
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import blip._torchvision  # noqa: F401
+
+# isort: split
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-
-import blip._torchvision  # noqa: F401
-
-import lightning as L  # noqa: I001, E402
 
 
 @dataclass
