@@ -18,18 +18,21 @@ import logging
 import os
 import random
 import shutil
+import string
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import simplejpeg
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from blip.datamodules.pairs import PairsDataModule
 from blip.datamodules.shapes_language import NOISE, WORDS, captions, noise
 from blip.datamodules.shapes_scenes import Scene, draw_scene, render
 
@@ -170,19 +173,49 @@ def _rng(*key: int | str) -> random.Random:
 
 def train_vocabulary(texts: list[str]) -> Tokenizer:
     """BERT's lower-case WordPiece with the grammar's words whole and letters and digits for all else."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    characters = "".join(map(chr, range(33, 127)))
-    letters = " ".join(letter * 2 for letter in "abcdefghijklmnopqrstuvwxyz0123456789")
-    # the grammar's words are the most frequent of all, whatever the sizes of the splits: so each is one piece
-    tokenizer.train_from_iterator([characters, letters, *[" ".join(WORDS)] * (len(texts) + 2), *texts], trainer)
+    # the trainer numbers the inner letters in the order of a hash table unless they are given to it
+    inner = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[*special, *inner],
+        initial_alphabet=list(string.ascii_lowercase + string.digits + string.punctuation),
+        show_progress=False,
+    )
+    # the grammar's words are more frequent than those of the noise, however small the splits: so each is one piece
+    words = [" ".join(WORDS)] * (10 + len(texts) // 10)
+    learner = _bert_tokenizer({"[UNK]": 0})
+    learner.train_from_iterator([*words, *texts], trainer)
+
+    tokenizer = _bert_tokenizer(learner.get_vocab())
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
     )
     return tokenizer
+
+
+def _bert_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+class ShapesDataModule(PairsDataModule):
+    """Pairs of the embedded world, which is drawn into `folder` first where it is missing.
+
+    `world_seed` and `sizes` are those of `write_world`; all else goes to PairsDataModule, whose sources, sets and
+    tokenizer name files in `folder`.
+    """
+
+    def __init__(self, folder: str | Path, world_seed: int, sizes: Mapping[str, int], **pairs: Any) -> None:
+        super().__init__(**pairs)
+        self.folder, self.world_seed, self.sizes = Path(folder), world_seed, dict(sizes)
+
+    def prepare_data(self) -> None:
+        write_world(self.folder, self.world_seed, self.sizes)
+        super().prepare_data()

@@ -200,7 +200,6 @@ def _outlines() -> dict[str, list[np.ndarray]]:
 OUTLINES = _outlines()
 _FINE = 4  # drawn at four times the size, then averaged
 _SUB = 4  # bits below the fine pixel that OpenCV keeps of a corner
-_ROWS, _COLUMNS = np.mgrid[0 : SIDE * _FINE, 0 : SIDE * _FINE].astype(np.float32)
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / (SIDE - 1) * 2 - 1
 _GRAIN = np.random.Generator(np.random.Philox(key=64)).standard_normal((256, 256, 3)).astype(np.float32)
 
@@ -245,8 +244,7 @@ def _paint(picture: np.ndarray, thing: Thing, place: tuple[float, float, float],
     light = 1.02 - 0.09 * ((columns - columns.mean()) + (rows - rows.mean())) * SIDE / 2 / radius  # from the upper left
     patch += _coverage(mask)[..., None] * (colour * light - patch)
     if thing.texture != "plain":
-        ink = _pattern(thing.texture or "", fine, radius, rng)
-        ink &= mask
+        ink = mask & _pattern(thing.texture or "", fine, radius, rng)
         rim = max(round(_FINE * 0.2 * radius), 5)  # the outline keeps the colour, so that the shape stays whole
         cv2.polylines(ink, corners, True, 0, rim, cv2.LINE_8, _SUB)
         dark = thing.colour in ("yellow", "orange", "cyan", "pink")
@@ -262,12 +260,11 @@ def _coverage(mask: np.ndarray) -> np.ndarray:
 
 def _pattern(texture: str, fine: tuple[int, int], radius: float, rng: random.Random) -> np.ndarray:
     """Where the ink of a texture goes, uint8 0 or 255 at fine resolution."""
-    rows, columns = _ROWS[: fine[0], : fine[1]], _COLUMNS[: fine[0], : fine[1]]
-    if texture == "striped":  # diagonal
-        period = _FINE * max(0.5 * radius, 3.8) * math.sqrt(2)
-        return (((rows + columns + period * rng.random()) % period) < 0.46 * period).view(np.uint8) * np.uint8(255)
+    height, width = fine
     period = _FINE * max(0.5 * radius, 3.8)
-    centre = (np.float32(fine[1] / 2), np.float32(fine[0] / 2))
-    across = np.abs((columns - centre[0]) % period - period / 2)
-    down = np.abs((rows - centre[1]) % period - period / 2)
-    return (across**2 + down**2 < (0.31 * period) ** 2).view(np.uint8) * np.uint8(255)
+    if texture == "striped":  # diagonal: a pixel's ink depends on row + column alone
+        period *= math.sqrt(2)
+        line = (np.arange(height + width) + period * rng.random()) % period < 0.46 * period
+        return np.lib.stride_tricks.sliding_window_view(line * np.uint8(255), width)[:height]
+    across, down = (((np.arange(n) - n / 2) % period - period / 2) ** 2 for n in (width, height))
+    return (across + down[:, None] < (0.31 * period) ** 2) * np.uint8(255)
