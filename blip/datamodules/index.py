@@ -306,7 +306,7 @@ def _read(path: Path, mode: Literal["r", "r+"] = "r") -> tuple[dict, dict[str, n
         start = -(-file.tell() // 64) * 64
         if os.fstat(file.fileno()).st_size != start + head["bytes"]:
             raise ValueError(f"{path}: the index is cut; delete it and start again")
-    whole = np.memmap(path, mode=mode)
+    whole = np.asarray(np.memmap(path, mode=mode))  # a plain view of the mapping: its elements are sooner had
 
     def array(at: int, descr, length: int) -> np.ndarray:
         dtype = np.lib.format.descr_to_dtype([tuple(d) for d in descr] if isinstance(descr, list) else descr)

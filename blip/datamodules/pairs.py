@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from blip.datamodules.images import AugmentConfig
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.locations import expand
-from blip.datamodules.plan import Cursor, EvaluationSampler, Phase, Plan, Source, TrainSampler
+from blip.datamodules.plan import Cursor, EvaluationSampler, Phase, Plan, Source, TrainSampler, pairs_by_source
 from blip.datamodules.shards import EvaluationPictures, Sample, TrainPairs
 from blip.layout import TextLayout
 from blip.text import Tokenizer, clean_caption
@@ -126,7 +126,7 @@ class PairsDataModule(pl.LightningDataModule):
     captions: `all` (each text is a pair of its own) or `one` (each picture once, its text drawn)
     augment: options of AugmentConfig but its size; None only resizes
     bad_share: training stops when more of the pairs seen than this had to be replaced (counted as if at least 1,000 were seen)
-    total_pairs: length of the run in pairs, needed for phases
+    total_pairs: length of the run in pairs of all ranks, which phases are shares of; None takes it from the trainer's limits
     cache_gb: room for whole shards of servers without ranges; None has no limit
     allow_other_data: go on from a state of other data
     """
@@ -189,7 +189,23 @@ class PairsDataModule(pl.LightningDataModule):
         if not self.sources:
             raise ValueError("data.sources is empty: name at least one source to train on")
         parts = [_part(s, i, self.captions, n) for n, (s, i) in enumerate(zip(self.sources, self.indexes, strict=True))]
-        return Plan(parts, self.seed, self.window, self.total_pairs)
+        phased = self.total_pairs is None and any(part.phases for part in parts)
+        return Plan(parts, self.seed, self.window, self._run_length(parts) if phased else self.total_pairs)
+
+    def _run_length(self, parts: Sequence[Source]) -> int | None:
+        """Pairs of the whole run by the trainer's limits; None where it has none, or is not there yet."""
+        if self.trainer is None:
+            return None
+        step = self.batch_size * self._rank()[1]
+        epochs, steps = self.trainer.max_epochs or -1, self.trainer.max_steps
+        limits = [steps * self.trainer.accumulate_grad_batches * step] if steps > 0 else []
+        limits += [epochs * (sum(pairs_by_source(parts)) // step * step)] if epochs > 0 else []
+        return min(limits, default=None)
+
+    def setup(self, stage: str) -> None:
+        """Says in the log what there is to train on."""
+        if stage == "fit" and self._rank()[0] == 0:
+            log.info(self.describe())
 
     @property
     def fingerprint(self) -> str:
@@ -367,7 +383,8 @@ def _part(source: Mapping[str, Any], index: Index, captions: str, number: int) -
 
 
 def _tell(done: int, of: int, name: str) -> None:
-    log.info("indexing shards: %d of %d (%s)", done, of, name)
+    if done == of or done % max(1, of // 20) == 0:
+        log.info("indexing shards: %d of %d (%s)", done, of, name)
 
 
 def _counts(index: Index) -> str:

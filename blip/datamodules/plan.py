@@ -104,7 +104,7 @@ class Plan:
     pairs_by_source: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.pairs_by_source = _pairs_by_source(self.sources)
+        self.pairs_by_source = pairs_by_source(self.sources)
         self.pairs = sum(self.pairs_by_source)
         self._starts = [np.concatenate([[0], np.cumsum(s.counts)]).astype(np.int64) for s in self.sources]
         self._memory: OrderedDict[tuple, Any] = OrderedDict()
@@ -251,7 +251,7 @@ class Plan:
         return " ".join(parts)
 
 
-def _pairs_by_source(sources: Sequence[Source]) -> list[int]:
+def pairs_by_source(sources: Sequence[Source]) -> list[int]:
     """Pairs of each source in an epoch: its units times `epochs`, or what its `weight` asks beside the others.
 
     Where all have weights an epoch ends when the first of them has been gone through once.

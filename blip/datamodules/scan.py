@@ -163,7 +163,7 @@ def _bytes(file: BinaryIO, at: int, size: int) -> bytes:
 def texts_of(data: bytes, is_json: bool) -> list[str]:
     """The captions in a text member, in order, empty ones left out: the whole of a `txt`, `captions` or `caption` of a `json`."""
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError:
         raise ValueError("text is not UTF-8") from None
     found: object = text
@@ -177,6 +177,8 @@ def texts_of(data: bytes, is_json: bool) -> list[str]:
         found = record.get("captions", record.get("caption"))
     captions = found if isinstance(found, list) else [found]
     texts = [c.strip() for c in captions if isinstance(c, str) and c.strip(NOTHING)]
-    if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
-        raise ValueError("text is not Unicode")
+    try:
+        "".join(texts).encode()  # JSON can hold half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError:
+        raise ValueError("text is not Unicode") from None
     return texts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -156,6 +157,19 @@ def test_phases_name_shards_by_pattern(data):
             datamodule.advance(batch)
     assert {n for batch in numbers[:8] for n in batch} == set(range(13, 18))
     assert {n for batch in numbers[8:] for n in batch} == set(range(40))
+
+
+@pytest.mark.parametrize(("limits", "pairs"), [((-1, 7), 112), ((3, -1), 240), ((3, 7), 112), ((3, 700), 240)])
+def test_phases_are_shares_of_the_run_that_the_trainer_is_told(data, limits, pairs):
+    human = {"name": "human", "shards": str(data / "train" / "*.tar")}
+    phases = [{"until": 0.5, "shards": str(data / "train" / "00001.tar")}, {"until": 1.0, "shards": human["shards"]}]
+    asked = module(data, sources=[human | {"phases": phases}])
+    with pytest.raises(ValueError, match="total_pairs"):
+        _ = asked.plan
+    asked.trainer = SimpleNamespace(  # type: ignore[assignment]
+        max_epochs=limits[0], max_steps=limits[1], accumulate_grad_batches=2, global_rank=0, world_size=1
+    )
+    assert asked.plan.total_pairs == pairs
 
 
 @pytest.mark.parametrize(
