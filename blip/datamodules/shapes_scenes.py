@@ -94,6 +94,7 @@ class Scene:
     places: tuple[tuple[float, float, float], ...]
 
     def to_json(self) -> dict:
+        """What KEY.json keeps: background, objects with slots and places, relations of the chain in order."""
         things = [
             {**thing._asdict(), "x": x, "y": y, "radius": radius}
             for thing, (x, y, radius) in zip(self.description.things, self.places, strict=True)
