@@ -2,9 +2,10 @@
 
     python benchmarks/loader.py [--photos FOLDER] [--json FILE]
 
-The released way is written out here once more (PIL, OpenCV and NumPy, its operations and their order), so that both are timed
-on the same files in the same run, turn by turn; its two float conversions at the end are also timed apart, because ours
-normalises on the device. The repeats alternate and the median counts, so that a busy neighbour hits all alike.
+The released way is put together here once more (torchvision around PIL, its ten operations written out plainly), so that both
+are timed on the same files in the same run, turn by turn; its two float conversions at the end are also timed apart, because
+ours normalises on the device. Time is the processor's, and a ratio is the median of the rounds' own ratios, so that a busy
+neighbour hits both sides alike.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import os
 import platform
-import random
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
@@ -30,31 +28,12 @@ import torch
 
 from blip.datamodules.images import AugmentConfig, augment, decode, training_view
 
-MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
-STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 GREY = (128, 128, 128)
 
 
 # --- the released pipeline: decode, crop, resize, flip, two of ten operations, to float, normalise -----------------------
-
-
-def released_crop(picture: PIL.Image.Image, size: int) -> np.ndarray:
-    """PIL's bicubic resize of a random crop (area 0.2 to 1, aspect 3/4 to 4/3), flipped every second time, [S, S, 3]."""
-    width, height = picture.size
-    w, h = width, height
-    for _ in range(10):
-        area = width * height * random.uniform(0.2, 1.0)
-        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            break
-    else:
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    left, top = random.randint(0, width - w), random.randint(0, height - h)
-    view = picture.crop((left, top, left + w, top + h)).resize((size, size), PIL.Image.Resampling.BICUBIC)
-    if random.random() < 0.5:
-        view = view.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(view)
 
 
 def released_autocontrast(image: np.ndarray) -> np.ndarray:
@@ -113,19 +92,33 @@ RELEASED_OPERATIONS: tuple[Callable[[np.ndarray, int], np.ndarray], ...] = (
 )
 
 
-def released_view(data: bytes, size: int) -> np.ndarray:
-    """All of the released way up to uint8."""
-    image = released_crop(PIL.Image.open(io.BytesIO(data)).convert("RGB"), size)
-    for operation in np.random.choice(np.arange(10), 2):
-        if np.random.random() <= 0.5:
-            image = RELEASED_OPERATIONS[operation](image, 1 if np.random.random() <= 0.5 else -1)
-    return image
+class Released:
+    """The released way: torchvision around PIL, with the operations above between."""
 
+    def __init__(self, size: int) -> None:
+        from torchvision import transforms  # only after blip.datamodules, which makes it importable beside any torch
 
-def released_normalise(image: np.ndarray) -> torch.Tensor:
-    """ToTensor and Normalize: uint8 [S, S, 3] to float [3, S, S], channels first in memory."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
-    return pixels.sub_(torch.from_numpy(MEAN)[:, None, None]).div_(torch.from_numpy(STD)[:, None, None])
+        bicubic = transforms.InterpolationMode.BICUBIC
+        self.crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=bicubic)
+        self.flip = transforms.RandomHorizontalFlip()
+        self.to_tensor = transforms.ToTensor()
+        self.to_unit = transforms.Normalize(MEAN, STD)
+
+    def view(self, data: bytes) -> np.ndarray:
+        """All up to uint8, [S, S, 3]."""
+        image = np.array(self.flip(self.crop(PIL.Image.open(io.BytesIO(data)).convert("RGB"))))
+        for operation in np.random.choice(np.arange(10), 2):
+            if np.random.random() <= 0.5:
+                image = RELEASED_OPERATIONS[operation](image, 1 if np.random.random() <= 0.5 else -1)
+        return image
+
+    def normalise(self, image: np.ndarray) -> torch.Tensor:
+        """uint8 [S, S, 3] to float [3, S, S]."""
+        return self.to_unit(self.to_tensor(image))
+
+    def batch(self, files: list[bytes]) -> torch.Tensor:
+        """The float batch, [B, 3, S, S]."""
+        return torch.stack([self.normalise(self.view(data)) for data in files])
 
 
 # --- the measurement ----------------------------------------------------------------------------------------------------
@@ -138,56 +131,53 @@ def ours(files: list[bytes], size: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
 
 
-def released(files: list[bytes], size: int) -> torch.Tensor:
-    """The float batch, [B, 3, S, S]."""
-    return torch.stack([released_normalise(released_view(data, size)) for data in files])
-
-
 def each(step: Callable, things: Iterable) -> None:
     """Does a step with each thing and keeps nothing: results that pile up would be paid for in page faults."""
     for thing in things:
         step(thing)
 
 
-def measure(files: list[bytes], size: int, repeats: int, batch: int) -> dict[str, float]:
-    """Median milliseconds a picture of each way, its repeats taking turns with the others'."""
+def measure(files: list[bytes], size: int, repeats: int, batch: int) -> dict[str, np.ndarray]:
+    """Milliseconds of processor time a picture of each way in each round, [repeats]; the ways take turns within a round."""
     batches = [files[at : at + batch] for at in range(0, len(files), batch)]
     views = [augment(decode(data), AugmentConfig(size), np.random.default_rng(0)) for data in files]
     stacked = [
         torch.from_numpy(np.stack(views[at : at + batch])).permute(0, 3, 1, 2) for at in range(0, len(files), batch)
     ]
-    mean, std = torch.from_numpy(MEAN * 255)[:, None, None], torch.from_numpy(STD * 255)[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (MEAN, STD))
+    released = Released(size)
     ways: dict[str, Callable[[int], object]] = {
         "ours": lambda n: each(lambda part: ours(part, size, n), batches),
-        "released": lambda n: each(lambda part: released(part, size), batches),
+        "released": lambda n: each(released.batch, batches),
         "bare decoding": lambda n: each(lambda data: simplejpeg.decode_jpeg(data, "RGB"), files),
         "released, decoding": lambda n: each(lambda data: PIL.Image.open(io.BytesIO(data)).convert("RGB"), files),
-        "released, normalising": lambda n: each(released_normalise, views),
-        "normalising the uint8 batch": lambda n: each(lambda part: (part.to(torch.float32) - mean) / std, stacked),
+        "released, normalising": lambda n: each(released.normalise, views),
+        "normalising the uint8 batch": lambda n: each(
+            lambda part: part.to(torch.float32).sub_(mean).div_(std), stacked
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for n in range(-1, repeats):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             way(n + 1)
             if n >= 0:  # the first round warms caches and allocators
-                times[name].append((time.perf_counter() - start) / len(files) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[name].append((time.process_time() - start) / len(files) * 1e3)
+    return {name: np.array(values) for name, values in times.items()}
 
 
-def rows(ms: dict[str, float]) -> list[dict]:
-    """The rows of the JSON contract; values are pictures a second unless the unit says otherwise."""
+def rows(ms: dict[str, np.ndarray]) -> list[dict]:
+    """The rows of the JSON contract: medians over the rounds; a ratio is the median of the rounds' own ratios."""
 
-    def row(name: str, mine: float, peer: str, other: float, unit: str = "pairs/s per core") -> dict:
+    def row(name: str, mine: np.ndarray, peer: str, other: np.ndarray, unit: str = "pairs/s per core") -> dict:
         value, peer_value = (mine, other) if unit.startswith("ms") else (1e3 / mine, 1e3 / other)
-        ratio = value / peer_value
         return {
             "name": name,
-            "value": round(value, 4 if unit.startswith("ms") else 1),
+            "value": round(float(np.median(value)), 2),
             "unit": unit,
             "peer": peer,
-            "peer_value": round(peer_value, 4 if unit.startswith("ms") else 1),
-            "ratio": round(ratio, 3),
+            "peer_value": round(float(np.median(peer_value)), 2),
+            "ratio": round(float(np.median(value / peer_value)), 3),
         }
 
     unfinished = ms["released"] - ms["released, normalising"]
@@ -222,7 +212,7 @@ def main() -> None:
         parser.error(f"no .jpg file in {options.photos}; give a folder of photos with --photos")
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    random.seed(0)
+    torch.manual_seed(0)
     np.random.seed(0)
     shapes = [decode(data).shape for data in files]
     megapixels = sum(height * width for height, width, _ in shapes) / len(shapes) / 1e6
