@@ -60,17 +60,22 @@ class ImageAttention(nn.Module):
         return self.proj(attend(query, key, value, attn_mask, is_causal).transpose(1, 2).flatten(2))
 
 
+def stem_widths(width: int, patch_size: int) -> list[int]:
+    """Channels after each convolution of the stem; each halves the picture, so their number is log2 of the patch."""
+    steps = patch_size.bit_length() - 1
+    if 2**steps != patch_size:
+        raise ValueError(
+            f"stem 'conv' halves the image at each step: patch_size must be a power of 2, not {patch_size}"
+        )
+    return [max(16, width >> (steps - 1 - i)) for i in range(steps)]
+
+
 class ConvStem(nn.Module):
     """3x3 convolutions of stride 2 down to one token a patch, [B, 3, S, S] -> [B, (S/P)^2, D]."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
         super().__init__()
-        steps = patch_size.bit_length() - 1
-        if 2**steps != patch_size:
-            raise ValueError(
-                f"stem 'conv' halves the image at each step: patch_size must be a power of 2, not {patch_size}"
-            )
-        widths = [in_chans] + [max(16, embed_dim >> (steps - 1 - i)) for i in range(steps)]
+        widths = [in_chans, *stem_widths(embed_dim, patch_size)]
         self.num_patches = (img_size // patch_size) ** 2
         self.grid_size = (img_size // patch_size,) * 2
         self.patch_size = (patch_size, patch_size)

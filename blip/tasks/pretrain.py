@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blip.layout import TextLayout
 from blip.modules.blip import TEMPERATURE_RANGE
+from blip.modules.flops import pretraining_flops
 from blip.modules.losses import (
     draw,
     itc_loss,
@@ -102,13 +103,15 @@ class PretrainTask(Task):
         loss = goals.itc_weight * itc
         logs = {"itc": itc.detach(), "temperature": model.temperature.detach()}
 
-        cross = model.med.look(image_states)
-        if progress >= goals.itm_start:
+        matching = progress >= goals.itm_start
+        cross = model.med.look(image_states) if matching or model.med.looks_alike else []
+        if matching:
             itm = self.match(batch, image_states, cross, image_similarity, text_similarity)
             loss = loss + goals.itm_weight * itm
             logs["itm"] = itm.detach()
         else:  # every parameter takes part in every step, as DDP expects
-            loss = loss + 0.0 * sum(p.sum() for p in model.itm_head.parameters())
+            idle = [model.itm_head, *(block.cross_attention for block in model.med.encoder)]
+            loss = loss + 0.0 * sum(p.sum() for module in idle for p in module.parameters())
 
         lm = self.describe(batch, cross if model.med.looks_alike else model.med.look(image_states, decoder=True))
         loss = loss + goals.lm_weight * lm
@@ -201,3 +204,18 @@ class PretrainTask(Task):
         for features in self.pending:
             self.queue.enqueue(*features)
         self.pending = []
+
+    def flops_per_pair(self, batch: Any) -> float:
+        """Forward and backward of a step over this batch on this rank, by its pairs; from shapes alone, so nothing waits."""
+        goals, size, layout = self.objectives, batch.image.shape[0], batch.layout
+        keys = size * world_size() if goals.keys == "all" else size
+        parts = pretraining_flops(
+            self.model.config,
+            size,
+            tokens=layout.index.shape[0],
+            longest=layout.longest,
+            keys=keys + (goals.queue_size if self.progress >= goals.queue_start else 0),
+            itm=self.progress >= goals.itm_start,
+            gathered_width=self.max_tokens if goals.negatives == "all" and world_size() > 1 else None,
+        )
+        return sum(part.total for part in parts.values()) / size

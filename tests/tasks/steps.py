@@ -68,12 +68,18 @@ class Stepper(PretrainTask):
         self.logged = {name.removeprefix("train/"): value.detach() for name, value in values.items()}
 
 
-def stepper(seed: int = 0, dropout: float = 0.0, med: dict[str, Any] | None = None, **objectives: Any) -> Stepper:
+def stepper(
+    seed: int = 0,
+    dropout: float = 0.0,
+    vit: dict[str, Any] | None = None,
+    med: dict[str, Any] | None = None,
+    **objectives: Any,
+) -> Stepper:
     torch.manual_seed(seed)
     words = {word: i for i, word in enumerate(WORDS)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
     model = {
-        "vit": VIT,
+        "vit": VIT | (vit or {}),
         "med": {**MED, "dropout": dropout, "attention_dropout": dropout, "init_std": 0.3, **(med or {})},
         "embed_width": 8,
         "temperature": 0.2,
