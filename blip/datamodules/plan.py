@@ -104,6 +104,9 @@ class Plan:
     pairs_by_source: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names) or any(set(name) & set(" =") or not name for name in names):
+            raise ValueError(f"sources need names, each its own, without spaces and equal signs: {names}")
         self.pairs_by_source = pairs_by_source(self.sources)
         self.pairs = sum(self.pairs_by_source)
         self._starts = [np.concatenate([[0], np.cumsum(s.counts)]).astype(np.int64) for s in self.sources]
@@ -246,8 +249,8 @@ class Plan:
         for source, pairs in zip(self.sources, self.pairs_by_source, strict=True):
             parts.append(f"{source.name}={source.fingerprint}:{pairs}")
             if source.phases:
-                phases = hashlib.blake2b(repr((source.phases, self.total_pairs)).encode(), digest_size=8).hexdigest()
-                parts.append(f"{source.name}.phases={phases}")
+                phases = hashlib.blake2b(repr(source.phases).encode(), digest_size=8).hexdigest()
+                parts.append(f"{source.name}.phases={phases}:of-{self.total_pairs}-pairs")
         return " ".join(parts)
 
 

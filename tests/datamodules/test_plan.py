@@ -228,6 +228,12 @@ def test_sources_that_give_nothing_are_refused(options):
         two(**options)
 
 
+@pytest.mark.parametrize("names", [("a", "a"), ("a b", "c"), ("seed=1", "c"), ("", "c")])
+def test_sources_without_a_name_of_their_own_are_refused(names):
+    with pytest.raises(ValueError, match="sources need names"):
+        Plan([Source(name, np.array([10])) for name in names], 0)
+
+
 def test_what_is_fetched_ahead_is_the_next_window_also_over_the_end_of_an_epoch():
     plan = one()
     starts = [p for p in range(1, 200) if plan.ahead(0, p) != plan.ahead(0, p - 1)]
