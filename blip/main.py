@@ -20,6 +20,7 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,12 +140,18 @@ def reopen(folder: Path, overrides: list[str]) -> Path:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         before, after = compose("config", first), compose("config", first + overrides)
     refuse_changes(before, after, folder)
-    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg = load(folder / "config.yaml")
     for key in MAY_CHANGE:
         if before[key] != after[key]:
             cfg[key] = after[key]
     cfg.paths.run = str(folder)
     return record(cfg, folder)
+
+
+def load(path: Path) -> DictConfig:
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    return cfg
 
 
 def refuse_changes(before: Any, after: Any, folder: Path) -> None:
@@ -237,8 +244,10 @@ def execute(config: Path) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own affair
+    warnings.filterwarnings("ignore", message=".*`on_after_batch_transfer`")  # the task normalises, and only it
     folder = config.resolve().parent
-    cfg = OmegaConf.load(config)
+    cfg = load(config)
     cfg.paths.run = str(folder)  # the folder may have been moved
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -272,6 +281,8 @@ def execute(config: Path) -> None:
     else:
         batches = trainer.predict(task, datamodule=datamodule)
         write_predictions(trainer, batches, folder / "predictions.jsonl")
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()  # it ends with lines of its own, and ours is the last
     if trainer.is_global_zero:
         print(folder, flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -128,6 +129,15 @@ def test_the_paper_s_recipes_have_the_paper_s_numbers(name: str) -> None:
     assert (cfg.model.vit.width, cfg.model.vit.depth) == ((1024, 24) if large else (768, 12))
     assert [s.name for s in cfg.data.sources][:5] == ["coco", "visual_genome", "sbu", "cc3m", "cc12m"]
     assert [s.get("part_of_epoch") for s in cfg.data.sources[5:]] == ([0.2] if "129m" in name else [])
+
+
+def test_the_wheel_holds_every_package_and_the_configs() -> None:
+    project = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = sorted(
+        ".".join(path.parent.relative_to(CONF.parent).parts) for path in (CONF.parent / "blip").rglob("__init__.py")
+    )
+    assert sorted(project["packages"]) == sorted([*folders, "blip.conf"])
+    assert project["package-dir"] == {"blip.conf": "conf"}
 
 
 def test_every_number_in_the_configs_is_read_as_a_number() -> None:

@@ -198,6 +198,13 @@ def test_measuring_without_weights_is_refused(tmp_path: Path) -> None:
         run(recorded(tmp_path, "mode=test"))
 
 
+def test_weights_and_biases_gets_what_the_csv_gets_without_a_network(tmp_path: Path) -> None:
+    run(recorded(tmp_path, "logger=wandb", "trainer.max_steps=1", "callbacks.gallery=null"))
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"train/loss" in log.read_bytes()
+    assert "train/loss" in (tmp_path / "metrics.csv").read_text()
+
+
 # Through the shell -------------------------------------------------------------------------------------------------
 
 

@@ -13,9 +13,9 @@ PRIOR = math.log(3) - 2 / 3 * math.log(2)  # ITM that knows only that one of thr
 
 
 class Health(L.Callback):
-    """Looks every `every_steps` optimizer steps, so that no step waits for the device.
+    """Looks every `every_steps` batches, so that no step waits for the device.
 
-    A loss that was not finite at any step since the last look stops the run with ValueError. Two things are warned about
+    A loss that was not finite since the last look stops the run with ValueError, and before anything is saved. Two things are warned about
     once: the ITC temperature on its floor while ITC is hardly below chance, and ITM at the prior after `warmup_steps`.
     """
 
@@ -31,17 +31,24 @@ class Health(L.Callback):
     ) -> None:
         broken = ~torch.isfinite(outputs["loss"].detach())
         self.broken = broken if self.broken is None else self.broken | broken
-        step = trainer.global_step
-        if (batch_idx + 1) % self.every_steps:
-            return
-        if self.broken.item():
+        if (batch_idx + 1) % self.every_steps == 0:
+            self.stop_if_broken(trainer)
+            seen = {
+                k.removeprefix("train/"): float(v) for k, v in trainer.callback_metrics.items() if k[:6] == "train/"
+            }
+            self.look(seen, trainer.global_step, batch.image.shape[0] * trainer.world_size + queue_size(pl_module))
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.stop_if_broken(trainer)
+
+    def stop_if_broken(self, trainer: L.Trainer) -> None:
+        if self.broken is not None and self.broken.item():
             raise ValueError(
-                f"the loss was not finite within the last {self.every_steps} batches (now at step {step}): lower the rate, "
-                f"clip gradients (trainer.gradient_clip_val), or train in float32. The last checkpoint is from before"
+                f"the loss was not finite within the last {self.every_steps} batches (now at step {trainer.global_step}): "
+                f"lower the rate, clip gradients (trainer.gradient_clip_val), or train in float32. "
+                f"The last checkpoint is from before"
             )
         self.broken = None
-        seen = {k.removeprefix("train/"): float(v) for k, v in trainer.callback_metrics.items() if k[:6] == "train/"}
-        self.look(seen, step, keys=batch.image.shape[0] * trainer.world_size + pl_module_queue(pl_module))
 
     def look(self, seen: dict[str, float], step: int, keys: int) -> None:
         """Warns about what `seen` (the losses by name) shows; `keys` is the number of keys that ITC compares with."""
@@ -67,5 +74,5 @@ class Health(L.Callback):
             rank_zero_warn(message)
 
 
-def pl_module_queue(task: Any) -> int:
+def queue_size(task: Any) -> int:
     return getattr(getattr(task, "queue", None), "size", 0)
