@@ -93,18 +93,15 @@ def read(path: str | Path) -> Weights:
         return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    content = _tensors_and_texts(path)
-    content = content.get("model", content)  # the released files put the weights under `model`
-    state = content.get("state_dict", content)
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    _check(path, tensors)
+    content = _content(path)
+    tensors = _tensors(path, content)
     if any(name.startswith("model.visual_encoder.") for name in tensors):
         texts = {key: content[key] for key in ("config", "tokenizer") if isinstance(content.get(key), str)}
         return Weights(path, "blip", tensors, {}, **texts)
     transformers = any(name.startswith("vision_model.") for name in tensors)
     try:
         ours, dropped = (from_transformers if transformers else from_released)(tensors)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch's own where pieces of one tensor don't go together
         raise ValueError(f"{path}: {error}") from error
     if not any(part(name) == "image encoder" for name in ours):
         raise ValueError(f"{path}: no image encoder among its {len(tensors)} tensors, so no BLIP checkpoint")
@@ -118,15 +115,15 @@ def _read_folder(folder: Path) -> Weights:
     weights = read(found[0])
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        heads = tuple(int(config[side]["num_attention_heads"]) for side in ("vision_config", "text_config"))
+        vision, text = (int(config[side]["num_attention_heads"]) for side in ("vision_config", "text_config"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json: no Blip config with num_attention_heads ({error!r})") from error
     tokenizer = folder / "tokenizer.json"
-    text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else ""
-    return Weights(folder, weights.layout, weights.tensors, weights.dropped, tokenizer=text, heads=heads)
+    words = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else ""
+    return Weights(folder, weights.layout, weights.tensors, weights.dropped, tokenizer=words, heads=(vision, text))
 
 
-def _tensors_and_texts(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -144,12 +141,20 @@ def _tensors_and_texts(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A few bytes can claim a tensor of any size (a stride of 0): none may be larger than the file."""
+def tensors_of(path: Path) -> Tensors:
+    """The tensors of any weights file under their own names; errors as in `read`."""
+    return _tensors(path, _content(path))
+
+
+def _tensors(path: Path, content: dict[str, Any]) -> Tensors:
+    for key in ("model", "state_dict"):  # where the released files and Lightning's put the weights
+        content = content[key] if isinstance(content.get(key), dict) else content
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     size = path.stat().st_size
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items():  # a few bytes can claim a tensor of any size, by a stride of 0
         if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() * tensor.element_size() > size:
             raise ValueError(f"{path}: {name} of shape {list(tensor.shape)} is not stored in this file of {size} bytes")
+    return tensors
 
 
 # sizes ----------------------------------------------------------------------------------------------------------------

@@ -177,12 +177,11 @@ def from_released(tensors: Mapping[str, Tensor]) -> tuple[Tensors, dict[str, str
         elif name in ("queue_ptr", "ptr_queue"):
             ours["queue.place"] = tensor.reshape(())
         else:
-            row = next(((m, *row) for p, *row in _TO_OURS if (m := p.fullmatch(name))), None)
-            if row is None:
+            place = _place(name)
+            if place is None:
                 unknown.append(name)
                 continue
-            found, pattern, number, count = row
-            target = _fill(pattern, found)
+            target, number, count = place
             if count > 1:
                 pieces.setdefault(target, {})[number] = tensor
             elif not _same(ours.setdefault(target, tensor), tensor):
@@ -195,6 +194,14 @@ def from_released(tensors: Mapping[str, Tensor]) -> tuple[Tensors, dict[str, str
             raise ValueError(f"{target} is made of {count} tensors of the file, of which it has {len(parts)}")
         ours[target] = torch.cat([parts[i] for i in range(count)])
     return _completed(ours), dropped
+
+
+def _place(name: str) -> tuple[str, int, int] | None:
+    """Our name for a released one, which of our tensor's pieces it is, and of how many; None where nobody knows it."""
+    for pattern, ours, number, count in _TO_OURS:
+        if found := pattern.fullmatch(name):
+            return _fill(ours, found), number, count
+    return None
 
 
 def _completed(ours: Tensors) -> Tensors:
