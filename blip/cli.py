@@ -3,6 +3,7 @@
     blip data index SHARDS...                   the index of tar shards, with every picture decoded once
     blip data build IMAGES CAPTIONS OUT         shards from a folder or zip of pictures and a file of captions
     blip data check SHARDS...                   what is in shards, and whether it suffices for given ranks and workers
+    blip convert IN OUT --to LAYOUT             a checkpoint in another layout: released, transformers or ours
 
 A user's mistake is one line on the error stream and status 1; a result goes to the output stream, progress to the other.
 """
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """The commands. Each group adds its own in one function, named here."""
     top = argparse.ArgumentParser(prog="blip", description="BLIP: data, checkpoints and scores from the command line.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_data,):
+    for add in (_add_data, _add_convert):
         add(commands)
     return top
 
@@ -199,6 +200,36 @@ def _progress(unit: str) -> Callable[..., None]:
 
 
 _shards_done, _pictures_done = _progress("shards"), _progress("pictures")
+
+
+# --- blip convert ---
+
+
+def _add_convert(commands) -> None:
+    convert = commands.add_parser(
+        "convert", help="write a checkpoint in another layout", description=convert_checkpoint.__doc__
+    )
+    convert.add_argument("source", type=Path, metavar="IN", help="a .pth, a .safetensors, a .ckpt of ours or a folder")
+    convert.add_argument("destination", type=Path, metavar="OUT", help="the file to write; a folder for transformers")
+    convert.add_argument("--to", required=True, choices=("released", "transformers", "blip"))
+    convert.add_argument("--task", help="which released model or which class of transformers it is for")
+    convert.add_argument("--tokenizer", type=Path, help="vocab.txt or tokenizer.json, where the source holds none")
+    convert.add_argument("--heads", nargs=2, type=int, metavar=("IMAGE", "TEXT"), help="where they are not width / 64")
+    convert.set_defaults(run=convert_checkpoint)
+
+
+def convert_checkpoint(arguments: argparse.Namespace) -> int:
+    """Writes the weights of IN, a released file, a folder of transformers or a checkpoint of ours, in another layout.
+
+    Tells what went over and what the target cannot hold.
+    """
+    from blip.modules.checkpoint import convert
+    from blip.text import Tokenizer
+
+    tokenizer = Tokenizer.load(arguments.tokenizer).to_json() if arguments.tokenizer else ""
+    heads = tuple(arguments.heads) if arguments.heads else None
+    print(convert(arguments.source, arguments.destination, arguments.to, arguments.task, tokenizer, heads))
+    return 0
 
 
 if __name__ == "__main__":

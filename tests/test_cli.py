@@ -109,3 +109,25 @@ def test_help_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "data" in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_convert_writes_other_layouts_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    cases = Path(__file__).parent / "golden_cases"
+    tensors = load_file(cases / "pretrain" / "weights.safetensors")
+    torch.save({"model": tensors}, tmp_path / "released.pth")
+    heads = ["--heads", "4", "4"]
+    ours, back = str(tmp_path / "ours.ckpt"), str(tmp_path / "back.pth")
+    vocabulary = str(cases / "vocab.txt")
+    assert main(["convert", str(tmp_path / "released.pth"), ours, "--to", "blip", "--tokenizer", vocabulary, *heads]) == 0
+    assert main(["convert", ours, back, "--to", "released", "--task", "pretrain", *heads]) == 0
+    assert "image encoder" in capsys.readouterr().out
+    found = torch.load(back, weights_only=True)["model"]
+    assert all(torch.equal(found[name], tensors[name]) for name in found if "crossattention" not in name)
+
+
+def test_convert_says_in_one_line_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(tmp_path / "none.pth"), str(tmp_path / "out.ckpt"), "--to", "blip"]) == 1
+    assert "none.pth" in capsys.readouterr().err

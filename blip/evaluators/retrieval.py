@@ -79,7 +79,7 @@ class RetrievalEvaluator:
         for start in range(0, len(pictures), step):
             rows = wanted[start : start + step]
             # The wanted texts of each picture first, then others to fill the row: [b, K]
-            chosen = rows.to(torch.uint8).argsort(1, descending=True, stable=True)[:, :per_picture]
+            chosen = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :per_picture]
             flat = chosen.flatten()
             states = torch.stack([p[1] for p in pictures[start : start + step]]).to(device)
             layout = TextLayout.from_mask(mask[flat]).to(device)

@@ -131,6 +131,13 @@ def normalize(image: Tensor) -> Tensor:
     return (image.float() - mean) / std
 
 
+def denormalize(image: Tensor) -> Tensor:
+    """The uint8 pictures that `normalize` was given."""
+    mean = image.new_tensor(IMAGE_MEAN).view(3, 1, 1) * 255
+    std = image.new_tensor(IMAGE_STD).view(3, 1, 1) * 255
+    return (image * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+
 def resize_position_embedding(table: Tensor, grid: int) -> Tensor:
     """A position table [1, 1 + g*g, D] resized to [1, 1 + grid*grid, D], bicubic; the row of [CLS] is kept as it is."""
     first, rest = table[:, :1], table[:, 1:]
