@@ -67,7 +67,7 @@ def stem_widths(width: int, patch_size: int) -> list[int]:
         raise ValueError(
             f"stem 'conv' halves the image at each step: patch_size must be a power of 2, not {patch_size}"
         )
-    return [max(16, width >> (steps - 1 - i)) for i in range(steps)]
+    return [min(embed_dim, 32 << i) for i in range(steps)]
 
 
 class ConvStem(nn.Module):
@@ -81,7 +81,10 @@ class ConvStem(nn.Module):
         self.patch_size = (patch_size, patch_size)
         layers: list[nn.Module] = []
         for narrow, wide in pairwise(widths):
-            layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.ReLU()]
+            convolution = nn.Conv2d(narrow, wide, 3, stride=2, padding=1)
+            nn.init.kaiming_normal_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
         self.proj = nn.Linear(widths[-1], embed_dim)
 
