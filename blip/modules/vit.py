@@ -67,7 +67,7 @@ def stem_widths(width: int, patch_size: int) -> list[int]:
         raise ValueError(
             f"stem 'conv' halves the image at each step: patch_size must be a power of 2, not {patch_size}"
         )
-    return [min(embed_dim, 32 << i) for i in range(steps)]
+    return [min(width, 32 << i) for i in range(steps)]
 
 
 class ConvStem(nn.Module):
