@@ -215,7 +215,7 @@ def released_step(task: Alone, batch: Pairs) -> Tensor:
 def counted(task: Alone, batch: Pairs, released: bool) -> int:
     """FLOPs of a real forward and backward pass in bf16 over tensors without numbers, for the whole batch.
 
-    `task` may stand on the meta device; in bf16 on a CPU attention is written out, so that each of its products is seen.
+    `task` stands on the meta device and is of no other use afterwards; in bf16 on a CPU attention is written out, so that each of its products is seen.
     """
     with FakeTensorMode() as mode:
         own = {
@@ -227,10 +227,15 @@ def counted(task: Alone, batch: Pairs, released: bool) -> int:
     return flops.get_total_flops()
 
 
+def hollow_task() -> Alone:
+    """The task on the meta device: shapes alone."""
+    with torch.device("meta"):
+        return base_task()
+
+
 def count() -> tuple[list[dict], list[str]]:
     """FLOPs a pair of both ways at batch 75, as rows of the JSON contract and as lines for the reader."""
-    with torch.device("meta"):
-        task = base_task()
+    task = hollow_task()
     config = task.model.config
     batch = some_pairs(COUNTED_BATCH, config.vit.image_size, config.med.vocab_size, seed=0)
     ours, released = (counted(task, batch, way) / COUNTED_BATCH / 1e9 for way in (False, True))
@@ -259,22 +264,26 @@ def row(name: str, value: float, unit: str, peer: str, peer_value: float) -> dic
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """FLOP/s of square matrix products, kept up for about so many seconds: what the device gives beside its other work."""
+    """FLOP/s of square matrix products, kept up for about so many seconds."""
     side = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     a @ b
-    wait(device)
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    done, start = 0, clock(device)
+    while clock(device) - start < seconds:
         a @ b
-        wait(device)
         done += 1
-    return done * 2 * side**3 / (time.perf_counter() - start)
+    return done * 2 * side**3 / (clock(device) - start)
 
 
-def wait(device: torch.device) -> None:
+def clock(device: torch.device) -> float:
+    """Seconds, once the device is done with what it was given.
+
+    On a CPU those that this process was given, by its threads: a machine that is shared takes turns away, not speed.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
 
 
 def measure(batch_size: int, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict]:
@@ -284,18 +293,16 @@ def measure(batch_size: int, device: torch.device, dtype: torch.dtype, repeats: 
     config = task.model.config
     batch = some_pairs(batch_size, config.vit.image_size, config.med.vocab_size, seed=0)
     flops = task.flops_per_pair(batch) * batch_size
-    released_flops = counted(task, batch, released=True)
+    released_flops = counted(hollow_task(), batch, released=True)
     batch = batch.each(lambda t: t.to(device))
 
     def seconds(released: bool) -> float:
         task.zero_grad(set_to_none=True)
-        wait(device)
-        start = time.perf_counter()
+        start = clock(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = task(batch, released)
         loss.backward()
-        wait(device)
-        return time.perf_counter() - start
+        return clock(device) - start
 
     rates: list[float] = []
     times: dict[bool, list[float]] = {False: [], True: []}
