@@ -121,7 +121,9 @@ def test_convert_writes_other_layouts_and_back(tmp_path: Path, capsys: pytest.Ca
     heads = ["--heads", "4", "4"]
     ours, back = str(tmp_path / "ours.ckpt"), str(tmp_path / "back.pth")
     vocabulary = str(cases / "vocab.txt")
-    assert main(["convert", str(tmp_path / "released.pth"), ours, "--to", "blip", "--tokenizer", vocabulary, *heads]) == 0
+    assert (
+        main(["convert", str(tmp_path / "released.pth"), ours, "--to", "blip", "--tokenizer", vocabulary, *heads]) == 0
+    )
     assert main(["convert", ours, back, "--to", "released", "--task", "pretrain", *heads]) == 0
     assert "image encoder" in capsys.readouterr().out
     found = torch.load(back, weights_only=True)["model"]

@@ -213,7 +213,7 @@ def shell(*arguments: str, cwd: Path = ROOT, python: tuple[str, ...] = ("run.py"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *(str(ROOT / part) if part == "run.py" else part for part in python), *arguments],
-        cwd=cwd, env=env, capture_output=True, text=True, timeout=300, check=False,
+        cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout if check else done.stderr
@@ -264,3 +264,21 @@ def test_a_killed_run_goes_on_from_the_command_line(tmp_path: Path) -> None:
     printed = shell(f"resume={folder}", "trainer.log_every_n_steps=2", cwd=tmp_path)
     assert printed.splitlines()[-1] == str(folder)
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_the_real_model_learns_tests_and_predicts_in_the_smoke_run(tmp_path: Path) -> None:
+    smoke = ["debug=smoke", f"paths.data={tmp_path}/data", "trainer.max_steps=4", "trainer.val_check_interval=4"]
+    printed = shell(*smoke, f"hydra.run.dir={tmp_path}/run", cwd=tmp_path)
+    folder = tmp_path / "run"
+    assert printed.splitlines()[-1] == str(folder)
+    for name in ("curves.png", "contact_sheet.png", "checkpoints/last.ckpt"):
+        assert (folder / name).stat().st_size > 0, name
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ("retrieval/i2t_r1", "retrieval/t2i_r1_itc", "retrieval_reserved/i2t_r1", "caption/attributes"):
+        assert 0 <= metrics[f"test/{name}"] <= 100
+    assert metrics["test/retrieval/chance_r1"] == pytest.approx(100 / 24)
+    assert {"val/retrieval/i2t_r1", "train/itc", "run/pairs_per_s", "run/data_wait", "run/mfu"} <= metrics.keys()
+    run(reopen(folder, ["mode=predict"]))
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len({row["key"] for row in rows}) == 24
+    assert all(len(row["references"]) == 5 and isinstance(row["caption"], str) for row in rows)

@@ -266,6 +266,10 @@ class PairsDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> list[DataLoader]:
         return [self._evaluation_loader(spec) for spec in self.test.values()]
 
+    def predict_dataloader(self) -> DataLoader:
+        """The main set of the test."""
+        return self._evaluation_loader(next(iter(self.test.values())))
+
     def _evaluation_loader(self, spec: Mapping[str, Any]) -> DataLoader:
         index, captions = open_index(spec["shards"], spec.get("index")), spec.get("captions", "first")
         dataset = EvaluationPictures(index, captions, self.image_size, self.cache_bytes)

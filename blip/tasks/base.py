@@ -13,7 +13,7 @@ from torch import nn
 
 from blip.modules.blip import BLIP, BLIPConfig
 from blip.modules.med import MEDConfig
-from blip.modules.vit import ViTConfig, normalize
+from blip.modules.vit import ViTConfig, denormalize, normalize
 from blip.tasks.distributed import rank
 from blip.text import Tokenizer
 
@@ -171,6 +171,32 @@ class Task(L.LightningModule):
         self._score()
         self.log_dict(self.results, add_dataloader_idx=False)
         self.results = {}
+
+    # what the model says -------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """A row for each picture: its key, the caption written for it, its true texts."""
+        rows = zip(batch.keys, self._captions(batch.image), batch.references, strict=True)
+        return [{"key": key, "caption": caption, "references": references} for key, caption, references in rows]
+
+    @torch.no_grad()
+    def gallery(self, batch: Any) -> list[dict[str, Any]]:
+        """A card for each picture: image uint8 [H, W, 3], true and generated caption, best and worst match in the batch."""
+        image = self.model.image_features(self.model.visual_encoder(batch.image))
+        similarity = image @ self.model.text_features(batch.input_ids, batch.layout).T  # [B, R]
+        best, worst = similarity.argmax(1).tolist(), similarity.argmin(1).tolist()
+        pictures = denormalize(batch.image).permute(0, 2, 3, 1).cpu().numpy()
+        return [
+            {"image": picture, "true": true[0], "generated": said, "best": batch.texts[b], "worst": batch.texts[w]}
+            for picture, true, said, b, w in zip(
+                pictures, batch.references, self._captions(batch.image), best, worst, strict=True
+            )
+        ]
+
+    def _captions(self, image: torch.Tensor) -> list[str]:
+        if "caption" not in self.evaluators:
+            raise ValueError("captions are written as task.evaluators.caption says, and there is no such evaluator")
+        return self.evaluators["caption"].write(self.model, image)
 
     # checkpoints --------------------------------------------------------------------------------------------------
 
