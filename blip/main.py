@@ -41,7 +41,7 @@ PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 OmegaConf.register_new_resolver("product", lambda *factors: math.prod(int(f) for f in factors), replace=True)
 MODES = ("fit", "validate", "test", "predict")
-MAY_CHANGE = ("trainer", "logger", "callbacks", "paths", "mode", "ckpt")  # in a run that is continued
+MAY_CHANGE = ("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start")  # in a run that is continued
 
 
 def main() -> None:
@@ -266,10 +266,8 @@ def execute(config: Path) -> None:
         (folder / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
 
     last = folder / "checkpoints" / "last.ckpt"
-    if cfg.ckpt is not None and not (cfg.mode == "fit" and last.exists()):
-        load_weights(task, Path(cfg.ckpt))
-    elif cfg.mode != "fit":
-        load_weights(task, last)
+    if not (cfg.mode == "fit" and last.exists()):
+        load_weights(task, cfg, last)
     if cfg.mode == "fit":
         trainer.fit(task, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
         if datamodule.test_names:
@@ -287,15 +285,20 @@ def execute(config: Path) -> None:
         print(folder, flush=True)
 
 
-def load_weights(task: Any, path: Path) -> None:
-    """Takes the weights of one of our checkpoints; all of them, or an error that says which differ."""
-    import torch
-
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: there is no checkpoint. Name one by ckpt=PATH, or a run that has one by resume=RUN_FOLDER"
-        )
-    task.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+def load_weights(task: Any, cfg: DictConfig, last: Path) -> None:
+    """What a run begins with or measures: `ckpt`, in a new run else what `start` names, in others else `last`."""
+    reports = []
+    if cfg.ckpt is not None or cfg.mode != "fit":
+        path = last if cfg.ckpt is None else Path(cfg.ckpt)
+        if not path.exists():
+            raise ValueError(
+                f"{path}: there is no checkpoint. Name one by ckpt=PATH, or a run that has one by resume=RUN_FOLDER"
+            )
+        reports = task.load_weights(path)
+    elif cfg.start.text is not None or cfg.start.image is not None:
+        reports = task.start_from(cfg.start.text, cfg.start.image, cfg.start.lm_head)
+    for report in reports:
+        logging.getLogger(__name__).info("%s", report)
 
 
 def write_predictions(trainer: Any, batches: Any, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from blip.modules.blip import BLIP, BLIPConfig
+from blip.modules.checkpoint import Report, Weights, load, read
+from blip.modules.initialise import from_bert, from_vit
 from blip.modules.med import MEDConfig
 from blip.modules.vit import ViTConfig, denormalize, normalize
 from blip.tasks.distributed import rank
@@ -198,7 +201,27 @@ class Task(L.LightningModule):
             raise ValueError("captions are written as task.evaluators.caption says, and there is no such evaluator")
         return self.evaluators["caption"].write(self.model, image)
 
-    # checkpoints --------------------------------------------------------------------------------------------------
+    # weights ------------------------------------------------------------------------------------------------------
+
+    def load_weights(self, path: Path) -> list[Report]:
+        """Takes the model from a checkpoint of any layout, position embeddings resized; says what came from where.
+
+        ValueError: the file lacks a part that the task needs, does not fit, or was trained with another vocabulary.
+        """
+        weights = read(path)
+        if weights.tokenizer and Tokenizer.from_json(weights.tokenizer).to_json() != self.tokenizer.to_json():
+            raise ValueError(
+                f"{path} was trained with another vocabulary than the data's: set data.tokenizer to its own"
+            )
+        return self.take(weights)
+
+    def take(self, weights: Weights) -> list[Report]:
+        return [load(self.model, weights)]
+
+    def start_from(self, text: str | None, image: str | None, lm_head: bool) -> list[Report]:
+        """Takes the text transformer from BERT and the image encoder from an ImageNet ViT (paper section 4.1)."""
+        reports = [from_bert(self.model, text, lm_head)] if text is not None else []
+        return reports + ([from_vit(self.model, image)] if image is not None else [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config_yaml

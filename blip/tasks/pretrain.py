@@ -6,7 +6,7 @@ negatives and match (ITM); decode (LM). Keys and values of a picture are project
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blip.layout import TextLayout
 from blip.modules.blip import TEMPERATURE_RANGE
+from blip.modules.checkpoint import Report, Weights, load
 from blip.modules.flops import pretraining_flops
 from blip.modules.losses import (
     draw,
@@ -84,6 +85,20 @@ class PretrainTask(Task):
         self.momentum = MomentumEncoder(self.model, self.objectives.momentum_dropout)
         self.queue = Queue(self.objectives.queue_size, self.model.config.embed_width)
         self.pending: list[tuple[Tensor, Tensor, Tensor]] = []  # momentum features since the last optimizer step
+
+    def take(self, weights: Weights) -> list[Report]:
+        """The model, and the momentum encoder where the file has one (else a copy of the model); the queue starts anew."""
+        tensors = {name: t for name, t in weights.tensors.items() if not name.startswith("momentum.")}
+        reports = super().take(replace(weights, tensors=tensors))
+        if len(tensors) < len(weights.tensors):
+            return [*reports, load(self.momentum, weights, "momentum.")]
+        self.momentum.copy_from(self.model)
+        return reports
+
+    def start_from(self, *sources: Any) -> list[Report]:
+        reports = super().start_from(*sources)
+        self.momentum.copy_from(self.model)
+        return reports
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         model, goals, progress = self.model, self.objectives, self.progress

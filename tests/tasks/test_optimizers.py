@@ -31,7 +31,8 @@ def test_each_parameter_takes_the_first_rule_it_meets() -> None:
     groups = parameter_groups(network().named_parameters(), RULES, lr=0.1)
     assert [len(group["params"]) for group in groups] == [1, 1, 2]
     assert groups[1]["muon"] is True
-    assert groups[2]["lr"] == 0.05 and groups[2]["weight_decay"] == 0.0
+    assert groups[2]["lr"] == 0.05
+    assert groups[2]["weight_decay"] == 0.0
 
 
 def test_a_rule_that_no_parameter_meets_is_refused() -> None:
