@@ -267,7 +267,9 @@ def execute(config: Path) -> None:
 
     last = folder / "checkpoints" / "last.ckpt"
     if not (cfg.mode == "fit" and last.exists()):
-        load_weights(task, cfg, last)
+        for report in load_weights(task, cfg, last):
+            if trainer.is_global_zero:
+                logging.getLogger(__name__).info("%s", report)
     if cfg.mode == "fit":
         trainer.fit(task, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
         if datamodule.test_names:
@@ -285,20 +287,21 @@ def execute(config: Path) -> None:
         print(folder, flush=True)
 
 
-def load_weights(task: Any, cfg: DictConfig, last: Path) -> None:
-    """What a run begins with or measures: `ckpt`, in a new run else what `start` names, in others else `last`."""
-    reports = []
+def load_weights(task: Any, cfg: DictConfig, last: Path) -> list[Any]:
+    """What a run begins with or measures: `ckpt`, in a new run else what `start` names, in others else `last`.
+
+    Returns a report for each source, whose text says what came from it.
+    """
     if cfg.ckpt is not None or cfg.mode != "fit":
         path = last if cfg.ckpt is None else Path(cfg.ckpt)
         if not path.exists():
             raise ValueError(
                 f"{path}: there is no checkpoint. Name one by ckpt=PATH, or a run that has one by resume=RUN_FOLDER"
             )
-        reports = task.load_weights(path)
-    elif cfg.start.text is not None or cfg.start.image is not None:
-        reports = task.start_from(cfg.start.text, cfg.start.image, cfg.start.lm_head)
-    for report in reports:
-        logging.getLogger(__name__).info("%s", report)
+        return task.load_weights(path)
+    if cfg.start.text is not None or cfg.start.image is not None:
+        return task.start_from(cfg.start.text, cfg.start.image, cfg.start.lm_head)
+    return []
 
 
 def write_predictions(trainer: Any, batches: Any, path: Path) -> None:

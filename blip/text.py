@@ -111,6 +111,10 @@ class Tokenizer:
     def to_json(self) -> str:
         return self._wordpiece.to_str()
 
+    def pieces(self) -> dict[str, int]:
+        """Every piece with its id, special tokens included."""
+        return self._wordpiece.get_vocab(with_added_tokens=True)
+
     def __len__(self) -> int:
         """Pieces with the added special tokens: what the embedding of a model needs."""
         return self._wordpiece.get_vocab_size(with_added_tokens=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import blip._torchvision  # noqa: F401
@@ -161,6 +162,14 @@ class Task(L.LightningModule):
     def gallery(self, batch: Batch) -> list[dict[str, Any]]:
         picture = (batch.image[0].view(2, 2, 1).expand(2, 2, 3) * 255).byte().numpy()
         return [{"image": picture, "true": "a $1 cat", "generated": "a cat", "best": "cat", "worst": "dog"}]
+
+    def load_weights(self, path: Path) -> list[str]:
+        self.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        return [f"all of {path.name}"]
+
+    def start_from(self, text: str | None, image: str | None, lm_head: bool) -> list[str]:
+        nn.init.ones_(self.layer.weight)
+        return [f"words of {text}, pictures of {image}, {'with' if lm_head else 'without'} head"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.lr)

@@ -193,6 +193,25 @@ def test_measuring_takes_weights_from_a_checkpoint(finished: Path, tmp_path: Pat
     assert (folder / "contact_sheet.png").exists()
 
 
+def test_a_run_begins_with_the_weights_it_is_given_and_says_so(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = ["trainer.max_steps=1", "callbacks.gallery=null"]
+    given = {"task": STANDIN["task"] | {"lr": 0.0}}
+    with caplog.at_level("INFO"):
+        started = run(recorded(tmp_path / "a", *small, "start.text=bert", "start.image=vit", **given))
+        filled = run(recorded(tmp_path / "b", *small, f"ckpt={finished}/checkpoints/last.ckpt", **given))
+    assert "words of bert, pictures of vit, with head" in caplog.messages
+    assert "all of last.ckpt" in caplog.messages
+    saved = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (started, filled, finished)]
+    first, second, source = (content["state_dict"]["layer.weight"] for content in saved)
+    assert torch.equal(first, torch.ones_like(first))
+    assert torch.equal(second, source)
+    caplog.clear()
+    run(reopen(started, ["trainer.max_steps=2"]))  # what was begun goes on with its own
+    assert not any("words of bert" in message for message in caplog.messages)
+
+
 def test_measuring_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no checkpoint"):
         run(recorded(tmp_path, "mode=test"))

@@ -209,9 +209,10 @@ class Task(L.LightningModule):
         ValueError: the file lacks a part that the task needs, does not fit, or was trained with another vocabulary.
         """
         weights = read(path)
-        if weights.tokenizer and Tokenizer.from_json(weights.tokenizer).to_json() != self.tokenizer.to_json():
+        if weights.tokenizer and (theirs := Tokenizer.from_json(weights.tokenizer).pieces()) != self.tokenizer.pieces():
             raise ValueError(
-                f"{path} was trained with another vocabulary than the data's: set data.tokenizer to its own"
+                f"{path} was trained with another vocabulary ({len(theirs)} pieces) than the data's "
+                f"({len(self.tokenizer)} pieces): set data.tokenizer to its own"
             )
         return self.take(weights)
 

@@ -88,15 +88,18 @@ class PretrainTask(Task):
 
     def take(self, weights: Weights) -> list[Report]:
         """The model, and the momentum encoder where the file has one (else a copy of the model); the queue starts anew."""
-        tensors = {name: t for name, t in weights.tensors.items() if not name.startswith("momentum.")}
-        reports = super().take(replace(weights, tensors=tensors))
-        if len(tensors) < len(weights.tensors):
-            return [*reports, load(self.momentum, weights, "momentum.")]
+        momentum = {name: t for name, t in weights.tensors.items() if name.startswith("momentum.")}
+        queue = [name for name in weights.tensors if name.startswith("queue.")]
+        rest = {name: t for name, t in weights.tensors.items() if name not in momentum and name not in queue}
+        reports = super().take(replace(weights, tensors=rest))
+        reports[0].dropped |= dict.fromkeys(queue, "the queue starts anew")
+        if momentum:
+            return [*reports, load(self.momentum, replace(weights, tensors=momentum, dropped={}), "momentum.")]
         self.momentum.copy_from(self.model)
         return reports
 
-    def start_from(self, *sources: Any) -> list[Report]:
-        reports = super().start_from(*sources)
+    def start_from(self, text: str | None, image: str | None, lm_head: bool) -> list[Report]:
+        reports = super().start_from(text, image, lm_head)
         self.momentum.copy_from(self.model)
         return reports
 

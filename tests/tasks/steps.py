@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +74,11 @@ def stepper(
     dropout: float = 0.0,
     vit: dict[str, Any] | None = None,
     med: dict[str, Any] | None = None,
+    vocabulary: Sequence[str] = WORDS,
     **objectives: Any,
 ) -> Stepper:
     torch.manual_seed(seed)
-    words = {word: i for i, word in enumerate(WORDS)}
+    words = {word: i for i, word in enumerate(vocabulary)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
     model = {
         "vit": VIT | (vit or {}),

@@ -1,0 +1,157 @@
+"""What a task begins with: checkpoints of each layout, BERT and ImageNet weights, for model and momentum encoder alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+
+from blip.modules.checkpoint import convert
+from blip.modules.momentum import MomentumEncoder
+from blip.modules.vit import VisionTransformer
+from blip.tasks.pretrain import PretrainTask
+from tests.tasks.steps import WORDS, stepper
+
+CLASSES = ("BlipForConditionalGeneration", "BlipForImageTextRetrieval")
+
+
+def trained() -> PretrainTask:
+    """A task whose momentum encoder has gone other ways than its model."""
+    task = stepper(seed=1)
+    with torch.no_grad():
+        for parameter in task.momentum.parameters():
+            parameter.add_(0.01)
+    return task
+
+
+def ours(folder: Path, task: PretrainTask) -> Path:
+    content = {"state_dict": task.state_dict(), "config": "", "tokenizer": task.tokenizer_json}
+    torch.save(content, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def released(folder: Path, task: PretrainTask) -> Path:
+    convert(ours(folder, task), folder / "released.pth", "released", "pretrain", heads=(2, 2))
+    return folder / "released.pth"
+
+
+def transformers(folder: Path, task: PretrainTask) -> Path:
+    """A folder in transformers' layout with the tensors of two of its classes: together all that pre-training needs."""
+    parts = [folder / name for name in CLASSES]
+    for part in parts:
+        convert(ours(folder, task), part, "transformers", part.name, heads=(2, 2))
+    tensors = {n: t for part in parts for n, t in load_file(part / "model.safetensors").items()}
+    save_file(tensors, parts[0] / "model.safetensors")
+    return parts[0]
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def same_as_its_model(task: PretrainTask) -> bool:
+    return same(task.momentum, MomentumEncoder(task.model, dropout=False))
+
+
+@pytest.mark.parametrize("write", [ours, released])
+def test_a_checkpoint_with_a_momentum_encoder_fills_it_and_the_model(tmp_path: Path, write):
+    source, task = trained(), stepper(seed=2)
+    queue = task.queue.image.clone()
+    text = "\n".join(map(str, task.load_weights(write(tmp_path, source))))
+    assert same(task.model, source.model)
+    assert same(task.momentum, source.momentum)
+    assert not same_as_its_model(task)
+    assert torch.equal(task.queue.image, queue)
+    for told in ("loaded   image encoder", "loaded   momentum encoder", "the queue starts anew"):
+        assert told in text
+    assert "this model has no" not in text
+
+
+def test_without_one_in_the_file_the_momentum_encoder_is_a_copy_of_the_model(tmp_path: Path):
+    source, task = trained(), stepper(seed=2)
+    (report,) = task.load_weights(transformers(tmp_path, source))
+    loaded = task.model.state_dict()
+    # transformers' layout has no place for the temperature
+    expected = source.model.state_dict() | {"temperature": stepper(seed=2).model.temperature.detach()}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    assert same_as_its_model(task)
+    assert "the temperature keeps its start values" in str(report)
+
+
+@pytest.mark.parametrize(("name", "lacks"), zip(CLASSES, ("text encoder", "text decoder"), strict=True))
+def test_a_file_that_lacks_what_the_task_needs_is_refused(tmp_path: Path, name: str, lacks: str):
+    folder = tmp_path / name
+    convert(ours(tmp_path, trained()), folder, "transformers", name, heads=(2, 2))
+    with pytest.raises(ValueError, match=rf"{name} has no .*{lacks}.*, which this task needs"):
+        stepper().load_weights(folder)
+
+
+def test_pictures_of_another_size_resize_the_positions_of_both_encoders(tmp_path: Path):
+    task = stepper(seed=2, vit={"image_size": 32})
+    reports = task.load_weights(ours(tmp_path, trained()))
+    assert [list(report.resized.values()) for report in reports] == [["4 -> 16 patches"]] * 2
+
+
+@pytest.mark.parametrize("write", [ours, transformers])
+def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path: Path, write):
+    path = write(tmp_path, stepper(vocabulary=[*WORDS[:6], *reversed(WORDS[6:])]))
+    with pytest.raises(
+        ValueError, match=r"another vocabulary \(32 pieces\) than the data's \(32 pieces\): set data.tok"
+    ):
+        stepper().load_weights(path)
+
+
+def test_a_file_that_names_no_vocabulary_is_refused_by_the_size_of_its_own(tmp_path: Path):
+    path = released(tmp_path, stepper(vocabulary=[*WORDS, "##a"]))
+    with pytest.raises(ValueError, match=r"embeddings\.word\.weight has shape \[33, 16\], the model \[32, 16\]"):
+        stepper().load_weights(path)
+
+
+def test_the_same_pieces_under_other_settings_are_the_same_vocabulary(tmp_path: Path):
+    """As in the folders of transformers, whose tokenizers pad and add [CLS] and [SEP] themselves."""
+    folder, task = transformers(tmp_path, trained()), stepper()
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert task.load_weights(folder)
+
+
+def sources(folder: Path) -> tuple[str, str]:
+    """A BERT without the rows of [DEC] and [ENC], and an ImageNet ViT for larger pictures, of the sizes of the small model."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=len(WORDS) - 2, max_position_embeddings=16, **sizes)
+    transformers.BertForMaskedLM(config).save_pretrained(folder / "bert")
+    vit = VisionTransformer(replace(stepper().model.config.vit, image_size=32))
+    torch.save(vit.state_dict(), folder / "vit.pth")
+    return str(folder / "bert"), str(folder / "vit.pth")
+
+
+def test_bert_and_an_imagenet_vit_fill_model_and_momentum_encoder(tmp_path: Path):
+    text, image = sources(tmp_path)
+    task = stepper(seed=2)
+    reports = task.start_from(text, image, lm_head=True)
+    bert, vit = load_file(tmp_path / "bert" / "model.safetensors"), torch.load(tmp_path / "vit.pth")
+    words = task.model.med.embeddings.word.weight
+    assert torch.equal(words[:-2], bert["bert.embeddings.word_embeddings.weight"].double())
+    assert torch.equal(task.model.visual_encoder.norm.weight, vit["norm.weight"].double())
+    assert torch.equal(task.model.visual_encoder.blocks[1].attn.qkv.weight, vit["blocks.1.attn.qkv.weight"].double())
+    assert same_as_its_model(task)
+    assert [report.title for report in reports] == [f"text transformer from {text}", f"image encoder from {image}"]
+
+
+def test_one_source_leaves_the_other_side_as_it_was(tmp_path: Path):
+    text, image = sources(tmp_path)
+    for names, untouched in (((text, None), "visual_encoder"), ((None, image), "med")):
+        task, before = stepper(seed=2), stepper(seed=2)
+        (report,) = task.start_from(*names, lm_head=True)
+        assert str(names[0] or names[1]) in str(report)
+        assert same(getattr(task.model, untouched), getattr(before.model, untouched))
+        assert not same(task.model, before.model)
+        assert same_as_its_model(task)
