@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -224,13 +225,16 @@ class MED(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    def blocks(self, decoder: bool = False) -> list[Block]:
+        """The encoder's stack, or the decoder's."""
+        return cast(list[Block], list(self.decoder if decoder else self.encoder))
+
     def look(self, states: Tensor, mask: Tensor | None = None, decoder: bool = False) -> list[CrossKV]:
         """What a text will look at, states [B, N, look_width], as keys and values for each block.
 
         Serves both stacks where they share the cross-attention; `decoder` asks for the decoder's own where they do not.
         """
-        blocks = self.decoder if decoder else self.encoder
-        return [block.cross_attention.look(states, mask) for block in blocks]
+        return [block.cross_attention.look(states, mask) for block in self.blocks(decoder)]
 
     @property
     def looks_alike(self) -> bool:

@@ -27,8 +27,8 @@ class MomentumEncoder(nn.Module):
         self.vision_proj = deepcopy(model.vision_proj)
         self.text_proj = deepcopy(model.text_proj)
         self.embeddings = deepcopy(model.med.embeddings)
-        self.self_attentions = nn.ModuleList(deepcopy(block.self_attention) for block in model.med.encoder)
-        self.feed_forwards = nn.ModuleList(deepcopy(block.feed_forward) for block in model.med.encoder)
+        self.self_attentions = nn.ModuleList(deepcopy(block.self_attention) for block in model.med.blocks())
+        self.feed_forwards = nn.ModuleList(deepcopy(block.feed_forward) for block in model.med.blocks())
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> MomentumEncoder:
@@ -43,25 +43,25 @@ class MomentumEncoder(nn.Module):
     def update(self, model: BLIP, momentum: float) -> None:
         """One step of the moving average over all parameters, fused."""
         med = model.med
-        online = [
+        online: list[Tensor] = [
             *model.visual_encoder.parameters(),
             *model.vision_proj.parameters(),
             *model.text_proj.parameters(),
             *med.embeddings.parameters(),
-            *(p for block in med.encoder for p in block.self_attention.parameters()),
-            *(p for block in med.encoder for p in block.feed_forward.parameters()),
+            *(p for block in med.blocks() for p in block.self_attention.parameters()),
+            *(p for block in med.blocks() for p in block.feed_forward.parameters()),
         ]
         torch._foreach_lerp_(list(self.parameters()), online, 1.0 - momentum)
 
     @torch.no_grad()
     def forward(self, image: Tensor, input_ids: Tensor, layout: TextLayout) -> tuple[Tensor, Tensor]:
         """Normalised images [B, 3, S, S] and texts to unit vectors [B, E] and [R, E], float32."""
-        image_features = self.vision_proj(self.visual_encoder(image)[:, 0])
+        image_features = at_least_float32(self.vision_proj(self.visual_encoder(image)[:, 0]))
         x = self.embeddings(input_ids, layout.index % layout.longest)
         for self_attention, feed_forward in zip(self.self_attentions, self.feed_forwards, strict=True):
             x = feed_forward(self_attention(x, layout, False))
-        text_features = self.text_proj(x[layout.firsts])
-        return tuple(F.normalize(at_least_float32(x), dim=-1) for x in (image_features, text_features))
+        text_features = at_least_float32(self.text_proj(x[layout.firsts]))
+        return F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
 
 
 class Queue(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -83,6 +84,7 @@ class ConvStem(nn.Module):
         for narrow, wide in pairwise(widths):
             convolution = nn.Conv2d(narrow, wide, 3, stride=2, padding=1)
             nn.init.kaiming_normal_(convolution.weight)
+            assert convolution.bias is not None
             nn.init.zeros_(convolution.bias)
             layers += [convolution, nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
@@ -99,7 +101,6 @@ class VisionTransformer(TimmVisionTransformer):
     def __init__(self, config: ViTConfig) -> None:
         if config.stem not in ("patch", "conv"):
             raise ValueError(f"model.vit.stem must be 'patch' or 'conv', not {config.stem!r}")
-        stem = {"embed_layer": ConvStem} if config.stem == "conv" else {}
         super().__init__(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -112,11 +113,11 @@ class VisionTransformer(TimmVisionTransformer):
             global_pool="",
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             attn_layer=ImageAttention,
-            **stem,
+            embed_layer=ConvStem if config.stem == "conv" else PatchEmbed,
         )
         self.config = config
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
         x = self._pos_embed(self.patch_embed(image))  # [B, N, D]
         plain = len(self.blocks) - self.config.checkpoint_blocks
         for i, block in enumerate(self.blocks):

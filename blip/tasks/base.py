@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Task(L.LightningModule):
         self,
         model: dict[str, Any],
         tokenizer: str,
-        optimizer: Callable[..., torch.optim.Optimizer],
+        optimizer: partial[torch.optim.Optimizer],
         schedule: Callable[..., float],
         evaluators: dict[str, Callable[[Tokenizer], Any]],
         rules: Sequence[dict[str, Any]] = (),

@@ -26,14 +26,16 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         groups = [{"muon": False, **group} for group in params]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
-        common = {"lr": lr, "weight_decay": weight_decay}
         of_muon, of_adamw = ([g for g in self.param_groups if g["muon"] is which] for which in (True, False))
         self.parts: list[torch.optim.Optimizer] = []
         if of_muon:
-            scaled = {"momentum": momentum, "ns_steps": ns_steps, "adjust_lr_fn": "match_rms_adamw"}
-            self.parts.append(torch.optim.Muon(of_muon, **common, **scaled))
+            scale = "match_rms_adamw"
+            self.parts.append(
+                torch.optim.Muon(of_muon, lr, weight_decay, momentum, ns_steps=ns_steps, adjust_lr_fn=scale)
+            )
         if of_adamw:
-            self.parts.append(torch.optim.AdamW(of_adamw, **common, betas=tuple(betas), fused=True))
+            first, second = betas  # a list where it comes from a config
+            self.parts.append(torch.optim.AdamW(of_adamw, lr, (first, second), weight_decay=weight_decay, fused=True))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self._share()
 

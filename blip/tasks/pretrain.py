@@ -113,7 +113,7 @@ class PretrainTask(Task):
         if self.micro_batch == 0:
             self.momentum.update(model, goals.momentum_at(self.global_step))
         momentum_image, momentum_text = self.momentum(batch.image, batch.input_ids, batch.layout)
-        self.pending.append(tuple(gather(x) for x in (momentum_image, momentum_text, batch.image_ids)))
+        self.pending.append((gather(momentum_image), gather(momentum_text), gather(batch.image_ids)))
         with torch.autocast(batch.image.device.type, enabled=False):
             itc, image_similarity, text_similarity = self.contrast(
                 image_features, text_features, momentum_image, momentum_text, batch.image_ids
@@ -128,7 +128,7 @@ class PretrainTask(Task):
             loss = loss + goals.itm_weight * itm
             logs["itm"] = itm.detach()
         else:  # every parameter takes part in every step, as DDP expects
-            idle = [model.itm_head, *(block.cross_attention for block in model.med.encoder)]
+            idle = [model.itm_head, *(block.cross_attention for block in model.med.blocks())]
             loss = loss + 0.0 * sum(p.sum() for module in idle for p in module.parameters())
 
         lm = self.describe(batch, cross if model.med.looks_alike else model.med.look(image_states, decoder=True))
