@@ -17,7 +17,7 @@ from blip.datamodules.remote import digest_of, fetch_file
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 KEY = re.compile(r"^((?:.*/)?[^./]+)\.([^/]*)$")  # WebDataset's rule: up to the first dot of the base name
-NOTHING = ' \t\r\n.!"()*#:;~'  # what cleaning takes from a caption (PAPER 6): a text of these alone says nothing
+NOTHING = ' \t\r\n.!"()*#:;~'  # what cleaning takes from a caption (released code): a text of these alone says nothing
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What one pre-training step computes, in closed form (after PAPER.md section 10; one multiply-add = 2 FLOPs).
+"""What one pre-training step computes, in closed form (one multiply-add = 2 FLOPs).
 
 - counted as executed: attention on the padded grid, linear layers on packed tokens, hard negative texts padded; a causal
   text attends to its whole row, since that is how the products are formed

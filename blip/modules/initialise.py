@@ -1,6 +1,6 @@
 """Starting from what others trained: BERT for the text transformer, an ImageNet ViT for the image encoder.
 
-As released (PAPER: section 4.1): self-attentions of encoder and decoder, feed-forwards, embeddings and the head of the
+As released (paper section 4.1): self-attentions of encoder and decoder, feed-forwards, embeddings and the head of the
 language model come from BERT; cross-attentions and the rows of [DEC] and [ENC] keep their random start.
 """
 

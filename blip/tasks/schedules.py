@@ -20,7 +20,7 @@ def released(
     decay: float,
     floor: float,
 ) -> float:
-    """Linear from `start` to 1 over `warmup_steps` of epoch 0, then `decay` ** epoch, at least `floor` (PAPER.md 3.2)."""
+    """Linear from `start` to 1 over `warmup_steps` of epoch 0, then `decay` ** epoch, at least `floor` (released code)."""
     epoch = step // steps_per_epoch
     if epoch == 0:
         return warm_up(step, warmup_steps, start)
@@ -58,7 +58,7 @@ def cosine(
 
 
 def cosine_by_epoch(step: int, total_steps: int, steps_per_epoch: int, *, floor: float) -> float:
-    """Half a cosine over the epochs of the run, constant within each (PAPER.md 5.1)."""
+    """Half a cosine over the epochs of the run, constant within each (released code)."""
     epochs = max(1, round(total_steps / steps_per_epoch))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs))
 

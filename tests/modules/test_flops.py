@@ -69,8 +69,8 @@ def test_negatives_of_other_ranks_cost_their_own_projection_and_the_common_width
     assert gathered["LM"] == alone["LM"]
 
 
-def test_padded_as_released_the_parts_are_those_of_the_paper_table() -> None:
-    """PAPER.md section 10.1, base at 224 px, 30 tokens, GFLOP."""
+def test_padded_as_released_the_parts_cost_what_the_released_shapes_do() -> None:
+    """GFLOP that torch counts for modules of the released shapes: base at 224 px with 30 tokens, large at 384 px."""
     parts = pretraining_flops(BASE, batch=1, tokens=30, longest=30, keys=57601)
     forward = {name: part.forward / 1e9 for name, part in parts.items()}
     assert forward["image encoder"] == pytest.approx(35.126, abs=5e-4)
