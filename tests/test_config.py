@@ -39,7 +39,7 @@ RECIPES = [(f"experiment={name}",) for name in options("experiment")]
 RECIPES += [(f"experiment={name}", "debug=smoke") for name in options("experiment")]
 SINGLE = [
     (f"{group}={name}",)
-    for group in ("data", "schedule", "trainer", "logger", "debug")
+    for group in ("data", "schedule", "compile", "trainer", "logger", "debug")
     for name in options(group)
     if name
     not in ("pretrain_14m", "pretrain_129m", "flickr8k", "shapes_easy_first", "csv", "cpu", "smoke")  # in recipes

@@ -8,10 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from blip.main import CONF
 from tests.modules.small import pictures, small_model, texts
+from tests.tasks.steps import batch, pairs, stepper
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,25 @@ def test_each_part_is_one_graph_and_gives_the_same_gradients(backend: str, check
     assert not counters["graph_break"]
     assert gradients[0].keys() == gradients[1].keys()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-11)
+
+
+def test_the_option_compiles_a_task_whose_step_stays_the_same():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose("config", ["compile=default"]).task.compile
+    compiler = instantiate(node, backend="eager")
+    assert compiler.func is torch.compile
+    plain, compiled = stepper(), stepper()
+    compiled.compile_with = compiler
+    compiled.setup("fit")
+    graphs = []
+    for seed in range(3):  # texts of other lengths each
+        losses = [task.training_step(batch(pairs(3, seed)), 0) for task in (plain, compiled)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=1e-11)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    assert graphs == [graphs[0]] * 3
+    # the image encoder, and text, multimodal (one and two texts a picture), decoder
+    assert graphs[0] == 5
 
 
 def fifty() -> list[tuple[int, ...]]:
