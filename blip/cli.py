@@ -2,6 +2,7 @@
 
     blip data index SHARDS...                   the index of tar shards, with every picture decoded once
     blip data build IMAGES CAPTIONS OUT         shards from a folder or zip of pictures and a file of captions
+    blip data vocabulary SHARDS... --out FILE   a WordPiece vocabulary learned from the captions of shards
     blip data check SHARDS...                   what is in shards, and whether it suffices for given ranks and workers
     blip convert IN OUT --to LAYOUT             a checkpoint in another layout: released, transformers or ours
 
@@ -69,6 +70,14 @@ def _add_data(commands) -> None:
     build.add_argument("--shard-size", type=int, default=1000, help="pictures a shard (default: %(default)s)")
     build.set_defaults(run=build_shards)
 
+    vocabulary = data.add_parser(
+        "vocabulary", help="learn a vocabulary from captions", description=learn_vocabulary.__doc__
+    )
+    vocabulary.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns, or URLs")
+    vocabulary.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
+    vocabulary.add_argument("--size", type=int, default=4000, help="word pieces at most (default: %(default)s)")
+    vocabulary.set_defaults(run=learn_vocabulary)
+
     check = data.add_parser("check", help="show what is in shards", description=check_shards.__doc__)
     check.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns, or URLs")
     check.add_argument("--index", help="an index file made elsewhere")
@@ -113,6 +122,28 @@ def build_shards(options: argparse.Namespace) -> int:
     _show_left_out({reason: len(names) for reason, names in built.reasons.items()}, built.reasons)
     if built.left_out:
         print(f"all of them: {options.out / LEFT_OUT}")
+    return 0
+
+
+def learn_vocabulary(options: argparse.Namespace) -> int:
+    """Learns a WordPiece vocabulary from the captions of shards, for languages and models that BERT's does not suit."""
+    from blip.datamodules.index import open_index
+    from blip.datamodules.shards import texts_in
+    from blip.text import Tokenizer, clean_caption, train_wordpiece
+
+    if options.size < 100:
+        raise ValueError(f"--size {options.size}: too few, the single characters alone may need more")
+    index = open_index(options.shards, progress=_shards_done)
+    texts = [clean_caption(text, sys.maxsize) for text in texts_in(index)]
+    learned = train_wordpiece(texts, options.size)
+    tokenizer = Tokenizer.from_json(learned.to_str())
+    lengths = sorted(len(ids) for ids in tokenizer.encode(texts, sys.maxsize))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(learned.to_str(pretty=True), encoding="utf-8")
+    print(
+        f"{options.out}: {_count(len(tokenizer), 'piece')} with [DEC] and [ENC], from {_count(len(texts), 'caption')}; "
+        f"a caption has {sum(lengths) / len(lengths):.1f} on average, 99 of 100 at most {lengths[len(lengths) * 99 // 100]}"
+    )
     return 0
 
 

@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # Captions are tokenised in loader workers: the library's threads do not survive a fork, and gain nothing on batches this small.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 OWN_TOKENS = ("[DEC]", "[ENC]")
 NEEDED_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+BERT_TOKENS = (*NEEDED_TOKENS, "[MASK]")
 _MARKS = re.compile(r"[.!\"()*#:;~]")
 _SPACE_RUNS = re.compile(r"\s{2,}")
 # The clean-up of the released tokenizer's `decode`, in its order.
@@ -61,7 +64,7 @@ class Tokenizer:
         wordpiece.no_padding()
         wordpiece.no_truncation()
         # Marked as special they are found in a raw text as they stand, before lower-casing, as the released tokenizer does.
-        special = [token for token in (*NEEDED_TOKENS, "[MASK]", *OWN_TOKENS) if token in pieces or token in OWN_TOKENS]
+        special = [token for token in (*BERT_TOKENS, *OWN_TOKENS) if token in pieces or token in OWN_TOKENS]
         wordpiece.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         self._wordpiece = wordpiece
         ids = {token: wordpiece.get_vocab(with_added_tokens=True)[token] for token in special}
@@ -166,6 +169,10 @@ def _wordpiece(vocabulary: str, config: dict) -> tokenizers.Tokenizer:
                 f"line {number + 1} repeats the piece {piece!r} of line {pieces[piece] + 1}; ids would clash"
             )
         pieces[piece] = number
+    return _bert(pieces, config)
+
+
+def _bert(pieces: dict[str, int], config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     wordpiece = tokenizers.Tokenizer(models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100))
     wordpiece.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -176,3 +183,37 @@ def _wordpiece(vocabulary: str, config: dict) -> tokenizers.Tokenizer:
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     wordpiece.decoder = decoders.WordPiece()
     return wordpiece
+
+
+def train_wordpiece(texts: Sequence[str], size: int, alphabet: Iterable[str] | None = None) -> tokenizers.Tokenizer:
+    """BERT's lower-case WordPiece of at most `size` pieces learned from texts: equal texts in any process, equal ids.
+
+    The characters of `alphabet`, by default the texts' own (the most frequent, up to a quarter of `size`), are pieces also
+    alone, so that a word never met can be spelled. Without [DEC] and [ENC], which `Tokenizer` appends.
+    """
+    learner = _bert({"[UNK]": 0}, {})
+    alphabet = _characters(learner, texts, size // 4) if alphabet is None else list(alphabet)
+    # The trainer numbers the inner letters in the order of a hash table unless they are given to it.
+    inner = [f"##{c}" for c in alphabet if len(learner.pre_tokenizer.pre_tokenize_str(f"a{c}")) == 1]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        special_tokens=[*BERT_TOKENS, *inner],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    wordpiece = _bert(learner.get_vocab(), {})
+    wordpiece.add_special_tokens(list(BERT_TOKENS))
+    wordpiece.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, wordpiece.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    return wordpiece
+
+
+def _characters(wordpiece: tokenizers.Tokenizer, texts: Iterable[str], limit: int) -> list[str]:
+    """The most frequent characters of texts as the vocabulary sees them, in the order of their codes."""
+    counts = Counter(c for text in texts for c in wordpiece.normalizer.normalize_str(text) if not c.isspace())
+    return sorted(character for character, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit])

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 
 from blip.cli import main
+from blip.text import Tokenizer
 
 
 @pytest.fixture
@@ -133,3 +134,18 @@ def test_convert_writes_other_layouts_and_back(tmp_path: Path, capsys: pytest.Ca
 def test_convert_says_in_one_line_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(tmp_path / "none.pth"), str(tmp_path / "out.ckpt"), "--to", "blip"]) == 1
     assert "none.pth" in capsys.readouterr().err
+
+
+def test_a_vocabulary_is_learned_from_the_captions_of_shards(pictures: Path, capsys: pytest.CaptureFixture):
+    out, file = pictures.parent / "shards", pictures.parent / "new" / "tokenizer.json"
+    run(capsys, "data", "build", pictures, pictures.parent / "captions.jsonl", out)
+    status, said, _ = run(capsys, "data", "vocabulary", out / "*.tar", "--out", file, "--size", 100)
+    assert status == 0
+    assert "from 10 captions" in said
+    tokenizer = Tokenizer.load(file)
+    (ids,) = tokenizer.encode(["a red dog"], 30)
+    assert len(ids) == 5  # words of the captions are whole
+    assert tokenizer.decode(ids) == "a red dog"
+    assert tokenizer.decode(tokenizer.encode(["go 2 tour"], 30)[0]) == "go 2 tour"  # others are spelled
+    status, _, error = run(capsys, "data", "vocabulary", out / "*.tar", "--out", file, "--size", 5)
+    assert (status, error.count("\n")) == (1, 1)

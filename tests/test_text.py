@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from blip.text import Tokenizer, clean_caption, clean_question
+from blip.text import Tokenizer, clean_caption, clean_question, train_wordpiece
 
 BASE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -149,3 +151,22 @@ def test_an_id_outside_the_model_is_named_with_its_text(vocab):
         tokenizer.check_ids(ids, 7)
     with pytest.raises(ValueError, match="id 99 is outside"):
         tokenizer.decode([99])
+
+
+TEXTS = ["a red dog runs", "two dogs run in the snow .", "a café in the sun, naïve", "собака и кошка"] * 3
+
+
+def test_a_learned_vocabulary_is_the_same_in_every_process():
+    """The order of a hash table, new in each process, decides nothing."""
+    code = f"from blip.text import train_wordpiece; print(train_wordpiece({TEXTS!r}, 120).to_str())"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert len({r.stdout for r in runs}) == 1
+    tokenizer = Tokenizer.from_json(runs[0].stdout)
+    assert len(tokenizer) <= 122  # and [DEC], [ENC]
+    assert tokenizer.decode(tokenizer.encode(["собака runs"], 30)[0]) == "собака runs"
+
+
+def test_rare_characters_are_unknown_where_the_vocabulary_is_small():
+    tokenizer = Tokenizer(train_wordpiece(["aaaa bbbb cccc", "cccc z"], 12))  # three characters
+    assert tokenizer.encode(["z"], 30) == [[tokenizer.cls_id, tokenizer.unk_id, tokenizer.sep_id]]
+    assert tokenizer.decode(tokenizer.encode(["cab"], 30)[0]) == "cab"

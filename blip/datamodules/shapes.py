@@ -30,11 +30,12 @@ from typing import Any
 import cv2
 import simplejpeg
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 from blip.datamodules.pairs import PairsDataModule
 from blip.datamodules.shapes_language import NOISE, WORDS, captions, noise
 from blip.datamodules.shapes_scenes import Scene, draw_scene, render
+from blip.text import train_wordpiece
 
 VERSION = 1  # goes up when the same seed gives other bytes
 CAPTIONS = 5
@@ -173,36 +174,10 @@ def _rng(*key: int | str) -> random.Random:
 
 def train_vocabulary(texts: list[str]) -> Tokenizer:
     """BERT's lower-case WordPiece with the grammar's words whole and letters and digits for all else."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    # the trainer numbers the inner letters in the order of a hash table unless they are given to it
-    inner = [f"##{letter}" for letter in string.ascii_lowercase + string.digits]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[*special, *inner],
-        initial_alphabet=list(string.ascii_lowercase + string.digits + string.punctuation),
-        show_progress=False,
-    )
     # the grammar's words are more frequent than those of the noise, however small the splits: so each is one piece
     words = [" ".join(WORDS)] * (10 + len(texts) // 10)
-    learner = _bert_tokenizer({"[UNK]": 0})
-    learner.train_from_iterator([*words, *texts], trainer)
-
-    tokenizer = _bert_tokenizer(learner.get_vocab())
-    tokenizer.add_special_tokens(special)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
-    )
-    return tokenizer
-
-
-def _bert_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return tokenizer
+    alphabet = string.ascii_lowercase + string.digits + string.punctuation
+    return train_wordpiece([*words, *texts], VOCABULARY, alphabet)
 
 
 class ShapesDataModule(PairsDataModule):

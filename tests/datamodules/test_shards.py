@@ -14,7 +14,7 @@ from blip.datamodules.images import AugmentConfig
 from blip.datamodules.index import Index, build_index
 from blip.datamodules.plan import Key, Plan, Source
 from blip.datamodules.remote import Shard
-from blip.datamodules.shards import EvaluationPictures, Reader, Span, TrainPairs
+from blip.datamodules.shards import EvaluationPictures, Reader, Span, TrainPairs, texts_in
 from tests.datamodules.making import pair, tar_of, write_shards
 
 
@@ -139,3 +139,14 @@ def test_evaluation_does_not_replace_what_fails(tmp_path):
     index = with_broken(tmp_path / "data", broken={1})
     with pytest.raises(ValueError, match=r"00000.tar: 00001: not an image.*--verify"):
         EvaluationPictures(index, "first", 8).__getitems__([0, 1])
+
+
+def test_texts_come_in_the_order_of_the_rows_and_no_picture_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TEXTS_AT_ONCE", 4)
+    write_shards(tmp_path / "shards", [3, 5], texts=2)
+    index = build_index(str(tmp_path / "shards" / "*.tar"), verify=False)
+    read: list[int] = []
+    pread = Reader._pread
+    monkeypatch.setattr(Reader, "_pread", lambda self, *where: read.append(where[2]) or pread(self, *where))
+    assert list(texts_in(index)) == [f"a picture of number {n} text {i}" for n in range(8) for i in range(2)]
+    assert read == index.pictures["text_size"].tolist()
