@@ -53,7 +53,8 @@ class Task(L.LightningModule):
 
     model: the nodes `vit` and `med` and the sizes of `BLIPConfig`; tokenizer: its JSON text. optimizer: a partial that takes
     parameter groups; rules: see `parameter_groups`; schedule: a partial (step, total_steps, steps_per_epoch) -> factor of
-    the rate. evaluators: {task name: partial that takes the tokenizer}, run on every evaluation set. compile: a partial of `torch.compile`, or None.
+    the rate. evaluators: {task name: partial that takes the tokenizer, or None}, run on every evaluation set. compile: a
+    partial of `torch.compile`, or None.
     """
 
     encoder = decoder = True
@@ -64,7 +65,7 @@ class Task(L.LightningModule):
         tokenizer: str,
         optimizer: partial[torch.optim.Optimizer],
         schedule: Callable[..., float],
-        evaluators: dict[str, Callable[[Tokenizer], Any]],
+        evaluators: dict[str, Callable[[Tokenizer], Any] | None],
         rules: Sequence[dict[str, Any]] = (),
         compile: Callable[[Callable], Callable] | None = None,
         seed: int = 0,
@@ -74,7 +75,7 @@ class Task(L.LightningModule):
         self.tokenizer = Tokenizer.from_json(tokenizer)
         self.model = BLIP(blip_config(model, self.tokenizer), self.encoder, self.decoder)
         self.optimizer, self.schedule, self.rules = optimizer, schedule, rules
-        self.evaluators = {name: make(self.tokenizer) for name, make in evaluators.items()}
+        self.evaluators = {name: make(self.tokenizer) for name, make in evaluators.items() if make is not None}
         self.compile_with = compile
         self.seed = seed
         self.config_yaml = ""
