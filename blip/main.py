@@ -135,7 +135,8 @@ def reopen(folder: Path, overrides: list[str]) -> Path:
             f"resume={folder}: there is no config.yaml; a run folder is what a run prints as its last line"
         )
     folder = folder.resolve()
-    first = list(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
+    saved = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    first: list[str] = OmegaConf.to_container(saved, resolve=False)  # type: ignore[assignment]  # an override may hold ${...}
     check(first + overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         before, after = compose("config", first), compose("config", first + overrides)

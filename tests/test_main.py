@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -110,6 +111,29 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(finished: Path, tmp_pat
     assert result(tmp_path) == result(finished)
 
 
+def test_a_full_disk_ends_the_run_with_one_error_and_it_goes_on_from_the_checkpoint_before(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(tmp_path, "callbacks.gallery=null")
+    synced: list[int] = []
+
+    def full(file: int) -> None:
+        if len(synced) == 2:  # the first checkpoint and its folder are on the disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced.append(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="the checkpoint before it is kept") as caught:
+        run(tmp_path)
+    monkeypatch.undo()
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    run(reopen(tmp_path, []))
+    assert result(tmp_path) == result(finished)
+
+
 def test_with_accumulated_gradients_a_run_is_saved_and_continued_at_optimizer_steps(tmp_path: Path) -> None:
     options = ["trainer.accumulate_grad_batches=2", "trainer.max_steps=9", "callbacks.checkpoint.every_steps=2"]
     options += ["callbacks.gallery=null", "callbacks.curves=null", "trainer.val_check_interval=4"]
@@ -138,6 +162,11 @@ def test_a_finished_run_that_is_started_again_only_tests_again(finished: Path, t
     run(reopen(again, ["callbacks.gallery=null"]))
     assert result(again)[1:] == result(finished)[1:]
     assert len(result(again)[0]) == len(result(finished)[0])
+
+
+def test_a_run_whose_overrides_name_other_keys_is_continued(tmp_path: Path) -> None:
+    recorded(tmp_path, "callbacks.curves.folder=${paths.run}/drawn")
+    assert OmegaConf.load(reopen(tmp_path, []) / "config.yaml").callbacks.curves.folder == f"{tmp_path}/drawn"
 
 
 @pytest.mark.parametrize(
@@ -271,18 +300,6 @@ def test_jobs_of_a_multirun_with_two_ranks_start_from_their_saved_configs(tmp_pa
     assert saved["Data"] == {"epoch": 0, "pairs": 16}  # 4 steps of 2 ranks of 2
     assert OmegaConf.load(folder / "config.yaml").seed == 1
     assert "test/zero/distance" in json.loads((folder / "metrics.json").read_text())
-
-
-def test_a_killed_run_goes_on_from_the_command_line(tmp_path: Path) -> None:
-    folder = recorded(tmp_path, "trainer.max_steps=8", "callbacks.gallery=null", "callbacks.curves=null")
-    code = "import os, signal; from tests.standin import Task; from pathlib import Path; from blip.main import execute;"
-    code += "Task.on_before_zero_grad = lambda self, _: self.global_step == 7 and os.kill(os.getpid(), signal.SIGKILL);"
-    code += f"execute(Path({str(folder / 'config.yaml')!r}))"
-    shell(python=("-c", code), check=False)
-    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
-    printed = shell(f"resume={folder}", "trainer.log_every_n_steps=2", cwd=tmp_path)
-    assert printed.splitlines()[-1] == str(folder)
-    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
 
 
 def test_the_real_model_learns_tests_and_predicts_in_the_smoke_run(tmp_path: Path) -> None:
