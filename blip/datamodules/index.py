@@ -374,7 +374,7 @@ def open_index(
 
 def _fetch(url: str, path: Path) -> None:
     try:
-        os.replace(fetch_file(url, path.parent), path)
+        os.replace(fetch_file(url, path.with_name(f"{path.name}.part")), path)
     except OSError as error:
         raise ValueError(
             f"{shown(url)}: no index there ({error}); make one with `blip data index SHARDS --out FILE` and give it as `index`"

@@ -159,24 +159,32 @@ def _patiently(bring: Callable[[], T], url: str) -> T:
     raise AssertionError("not reached")
 
 
-def fetch_file(url: str, folder: Path | None = None, pool: urllib3.PoolManager | None = None) -> Path:
-    """Fetches a whole file into a new temporary file in `folder` (default: the cache). OSError where it cannot be had."""
-    folder = folder or cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+def fetch_file(url: str, path: Path | None = None, pool: urllib3.PoolManager | None = None) -> Path:
+    """Fetches a whole file to `path`, over what a killed fetch left there. OSError where it cannot be had.
+
+    Without `path` it goes to a new temporary file in the cache.
+    """
     pool = pool or _connections()
+    target = path or _temporary()
 
     def bring() -> Path:
-        descriptor, name = tempfile.mkstemp(suffix=".part", dir=folder)
         try:
-            with os.fdopen(descriptor, "wb") as file, _answer(pool, url) as answer:
+            with open(target, "wb") as file, _answer(pool, url) as answer:
                 for chunk in answer.stream(CHUNK):  # a cut body raises: it is compared with Content-Length
                     file.write(chunk)
         except BaseException:
-            os.unlink(name)
+            target.unlink(missing_ok=True)
             raise
-        return Path(name)
+        return target
 
     return _patiently(bring, url)
+
+
+def _temporary() -> Path:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(suffix=".part", dir=cache_folder())
+    os.close(descriptor)
+    return Path(name)
 
 
 def digest_of(path: str | Path) -> str:
@@ -194,7 +202,7 @@ def cached(shard: Shard, pool: urllib3.PoolManager | None = None, cache_bytes: i
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.is_file():
-                fetched = fetch_file(shard.location, folder, pool)
+                fetched = fetch_file(shard.location, path.with_suffix(".part"), pool)
                 if (size := fetched.stat().st_size) != shard.size or digest_of(fetched) != shard.digest:
                     os.unlink(fetched)
                     raise ValueError(

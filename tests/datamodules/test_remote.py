@@ -76,6 +76,18 @@ def test_whole_shards_are_fetched_once_by_all_readers(tmp_path, cache):
     assert not list(cache.rglob("*.part"))
 
 
+def test_what_a_killed_fetch_left_is_written_over(tmp_path, cache):
+    paths = write_shards(tmp_path / "data", [5])
+    index = open_index(paths)
+    with serving(tmp_path / "data", ranges=False) as server:
+        shard = Shard(f"{server.url}/00000.tar", paths[0].stat().st_size, index.shard(0).digest)
+        whole = cached(shard)
+        whole.rename(whole.with_suffix(".part"))
+        whole.with_suffix(".part").write_bytes(b"cut" * 10**6)
+        assert cached(shard).read_bytes() == paths[0].read_bytes()
+    assert not list(cache.rglob("*.part"))
+
+
 def test_shards_of_one_name_do_not_meet_in_the_cache(tmp_path):
     read = []
     for name, first in (("a", 0), ("b", 50)):
