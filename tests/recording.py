@@ -1,0 +1,56 @@
+"""A callback for tests: writes down which pairs a run trains on, step by step, and can cut the run off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+
+class Samples(L.Callback):
+    """A line a micro-batch in `folder`/samples-N.jsonl, N counting the starts of the run: step, place in the stream, keys, texts
+    and a hash of the pictures as the model gets them.
+
+    stop_after: the optimizer step after which the run is cut off by an InterruptedError, after what that step saves.
+    """
+
+    def __init__(self, folder: str, stop_after: int | None = None) -> None:
+        self.folder, self.stop_after = Path(folder), stop_after
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        starts = len(list(self.folder.glob("samples-*.jsonl")))
+        self.path = self.folder / f"samples-{starts}.jsonl"
+        self.path.touch()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.stop_after:
+            raise InterruptedError("cut off")
+        line = {
+            "step": trainer.global_step,
+            "micro_batch": pl_module.micro_batch,
+            "epoch": batch.epoch,
+            "position": batch.position,
+            "keys": batch.keys,
+            "texts": batch.texts,
+            "image": hashlib.sha256(batch.image.numpy().tobytes()).hexdigest(),
+        }
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    """What the run of a folder was trained on in the end: each start replaces all from the step on that it went on at."""
+    kept: list[dict[str, Any]] = []
+    for number in range(len(list(folder.glob("samples-*.jsonl")))):
+        lines = (folder / f"samples-{number}.jsonl").read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut by a kill
+        if rows:
+            again = [row for row in kept if row["step"] >= rows[0]["step"]]
+            assert rows[: len(again)] == again[: len(rows)], f"start {number} did not repeat what was lost"
+            kept = [row for row in kept if row["step"] < rows[0]["step"]] + rows
+    return kept
