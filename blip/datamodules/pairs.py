@@ -268,7 +268,13 @@ class PairsDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """The main set of the test."""
+        if not self.test:
+            raise ValueError("data.test is empty: name the set to predict, data.test.main={shards: ...}")
         return self._evaluation_loader(next(iter(self.test.values())))
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Out of pinned memory, so that the host does not wait until the device has done the step before."""
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     def _evaluation_loader(self, spec: Mapping[str, Any]) -> DataLoader:
         index, captions = open_index(spec["shards"], spec.get("index")), spec.get("captions", "first")

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -128,17 +128,23 @@ class VisionTransformer(TimmVisionTransformer):
         return self.norm(x)
 
 
+@cache  # copied to a device once: each copy of a list of numbers would wait for it
+@torch.inference_mode(False)
+def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the channels on the scale of 0 to 255, [3, 1, 1] each, float32."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (IMAGE_MEAN, IMAGE_STD))
+    return mean, std
+
+
 def normalize(image: Tensor) -> Tensor:
     """uint8 pictures [B, 3, S, S] to the zero-mean, unit-variance values that the encoder takes, float32."""
-    mean = image.new_tensor(IMAGE_MEAN, dtype=torch.float32).view(3, 1, 1) * 255
-    std = image.new_tensor(IMAGE_STD, dtype=torch.float32).view(3, 1, 1) * 255
+    mean, std = statistics(image.device)
     return (image.float() - mean) / std
 
 
 def denormalize(image: Tensor) -> Tensor:
     """The uint8 pictures that `normalize` was given."""
-    mean = image.new_tensor(IMAGE_MEAN).view(3, 1, 1) * 255
-    std = image.new_tensor(IMAGE_STD).view(3, 1, 1) * 255
+    mean, std = statistics(image.device)
     return (image * std + mean).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -80,6 +80,8 @@ class PretrainTask(Task):
 
     def __init__(self, objectives: dict[str, Any], max_tokens: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if max_tokens > (positions := self.model.config.med.positions):
+            raise ValueError(f"data.max_tokens={max_tokens} is more than the {positions} of model.med.positions")
         self.max_tokens = max_tokens
         self.objectives = Objectives(**objectives)
         self.momentum = MomentumEncoder(self.model, self.objectives.momentum_dropout)
@@ -208,7 +210,7 @@ class PretrainTask(Task):
         states = self.model.lm_states(batch.input_ids, batch.layout, cross)
         followed = batch.layout.followed()
         targets = batch.input_ids[followed + 1]
-        count = mean_over_ranks(torch.tensor(float(targets.shape[0]), device=states.device))
+        count = mean_over_ranks(torch.full((), float(targets.shape[0]), device=states.device))
         return lm_loss(self.model.med.lm_head(states[followed]), targets, self.objectives.label_smoothing, count)
 
     def uniform(self, size: int) -> Tensor:
