@@ -27,15 +27,14 @@ class CaptionEvaluator:
         self.reset()
 
     def reset(self) -> None:
-        self.keys: list[str] = []
         self.captions: list[str] = []
         self.references: list[list[str]] = []
 
     @torch.no_grad()
     def update(self, model: BLIP, batch: Any) -> None:
-        self.captions += self.write(model, batch.image)
-        self.references += batch.references
-        self.keys += batch.keys
+        if self.scores:
+            self.captions += self.write(model, batch.image)
+            self.references += batch.references
 
     def write(self, model: BLIP, image: torch.Tensor) -> list[str]:
         """Captions of normalised images [B, 3, S, S], without the prompt."""
@@ -45,7 +44,6 @@ class CaptionEvaluator:
 
     def compute(self, model: BLIP) -> dict[str, float]:
         references, captions = from_all_ranks(self.references), from_all_ranks(self.captions)
-        results: dict[str, float] = {}
-        for score in self.scores:
-            results.update(score(references, captions))
-        return results
+        if not captions:
+            return {}
+        return {name: number for score in self.scores for name, number in score(references, captions).items()}

@@ -14,7 +14,6 @@ from torch import Tensor
 from blip.evaluators.collect import from_all_ranks
 from blip.layout import TextLayout
 from blip.modules.blip import BLIP
-from blip.modules.losses import at_least_float32
 from blip.text import Tokenizer
 
 OUTSIDE = -100.0
@@ -23,7 +22,7 @@ OUTSIDE = -100.0
 class RetrievalEvaluator:
     """R@1, 5 and 10 in percent, `i2t_*` (texts of a picture) and `t2i_*` (the picture of a text), `..._itc` by ITC alone.
 
-    top_k: how many candidates of each query ITM looks at; texts_at_once: how many texts go through ITM together.
+    top_k: how many candidates of each query ITM looks at; texts_at_once: how many texts go through ITM together at most.
     """
 
     def __init__(self, tokenizer: Tokenizer, top_k: int, texts_at_once: int) -> None:
@@ -74,17 +73,23 @@ class RetrievalEvaluator:
         longest = max(len(t[1]) for t in texts)
         ids = torch.tensor([t[1] + [self.tokenizer.pad_id] * (longest - len(t[1])) for t in texts])  # [T, L]
         mask = torch.arange(longest) < torch.tensor([len(t[1]) for t in texts])[:, None]
-        per_picture = int(wanted.sum(1).max())
-        step = max(1, self.texts_at_once // per_picture)
-        for start in range(0, len(pictures), step):
-            rows = wanted[start : start + step]
+        counts = wanted.sum(1)
+        # Those with many texts first: one picture may be near to all texts, and must not make work for the others.
+        order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+        while len(order):
+            most = int(counts[order[0]])
+            width = min(most, self.texts_at_once)
+            together = self.texts_at_once // width
+            rows, order = order[:together], order[together:]
+            states = torch.stack([pictures[i][1] for i in rows.tolist()]).to(device)
+            cross = model.med.look(states)
             # The wanted texts of each picture first, then others to fill the row: [b, K]
-            chosen = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :per_picture]
-            flat = chosen.flatten()
-            states = torch.stack([p[1] for p in pictures[start : start + step]]).to(device)
-            layout = TextLayout.from_mask(mask[flat]).to(device)
-            found = model.itm_logits(ids[flat].flatten().to(device), layout, model.med.look(states))[:, 1]
-            logits[start : start + step].scatter_(1, chosen, at_least_float32(found).cpu().view_as(chosen))
+            chosen = wanted[rows].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+            for texts_of_each in chosen.split(width, dim=1):
+                flat = texts_of_each.flatten()
+                layout = TextLayout.from_mask(mask[flat]).to(device)
+                found = model.itm_logits(ids[flat].flatten().to(device), layout, cross)[:, 1]
+                logits[rows[:, None], texts_of_each] = found.float().cpu().view_as(texts_of_each)
         return logits
 
 
