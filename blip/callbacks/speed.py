@@ -31,7 +31,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int, repeats: in
 class Speed(L.Callback):
     """Logs run/pairs_per_s, run/data_wait and run/mfu (fractions) over windows of `every_steps` batches.
 
-    Time spent in validation and in saving is left out. MFU needs the task's `flops_per_pair(batch)` (forward and backward);
+    Time spent in validation and in saving is left out, and the wait for the batch after it. MFU needs the task's `flops_per_pair(batch)` (forward and backward);
     it is the share of the device's matrix rate, measured at the start in the trainer's precision.
     """
 
@@ -48,13 +48,15 @@ class Speed(L.Callback):
         self.total = Window()
         self.window = Window()
         self.mark = time.perf_counter()
+        self.paused = False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        self.window.wait += now - self.mark
-        self.mark = now
+        if not self.paused:
+            self.window.wait += now - self.mark
+        self.mark, self.paused = now, False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,7 +75,10 @@ class Speed(L.Callback):
         self.mark = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.mark = time.perf_counter()
+        self.paused = True
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.paused = True
 
     def run_metrics(self) -> dict[str, float]:
         """The three numbers over all of this process's training, {} before any of it."""

@@ -25,7 +25,7 @@ class Task:
         self.logged.append(values)
 
 
-def test_pairs_waiting_and_mfu_are_counted_by_the_clock_without_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_waiting_and_mfu_are_counted_by_the_clock_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr("blip.callbacks.speed.matrix_rate", lambda *args, **kwargs: 1e12)
@@ -34,17 +34,23 @@ def test_pairs_waiting_and_mfu_are_counted_by_the_clock_without_validation(monke
     task: Any = Task()
     speed = Speed(every_steps=2)
     speed.on_train_start(trainer, task)
-    for step in range(5):
+    for step in range(6):
         now[0] += 1.0  # waits for data
         speed.on_train_batch_start(trainer, task, batch, step)
         now[0] += 3.0  # works
         speed.on_train_batch_end(trainer, task, None, batch, step)
-        now[0] += 50.0  # validates
-        speed.on_validation_end(trainer, task)
-    assert len(task.logged) == 2
-    expected = {"run/pairs_per_s": 16 / 4, "run/data_wait": 0.25, "run/mfu": 8 * 3e9 / 4 / 1e12}
-    assert task.logged[0] == task.logged[1] == pytest.approx(expected)
-    assert speed.run_metrics() == pytest.approx(expected)  # all five steps
+        if step == 1:
+            now[0] += 50.0  # validates
+            speed.on_validation_end(trainer, task)
+        if step in (1, 3):
+            speed.on_save_checkpoint(trainer, task, {})
+            now[0] += 20.0  # writes
+    assert len(task.logged) == 3
+    assert task.logged[0] == pytest.approx({"run/pairs_per_s": 32 / 8, "run/data_wait": 2 / 8, "run/mfu": 0.006})
+    for paused in task.logged[1:]:  # the wait behind a pause is not known
+        assert paused == pytest.approx({"run/pairs_per_s": 32 / 7, "run/data_wait": 1 / 7, "run/mfu": 0.048 / 7})
+    expected = {"run/pairs_per_s": 96 / 22, "run/data_wait": 4 / 22, "run/mfu": 0.144 / 22}
+    assert speed.run_metrics() == pytest.approx(expected)
 
 
 def test_a_process_that_trained_nothing_tells_no_speed() -> None:
