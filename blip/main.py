@@ -14,7 +14,6 @@ import difflib
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import re
@@ -39,9 +38,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-OmegaConf.register_new_resolver("product", lambda *factors: math.prod(int(f) for f in factors), replace=True)
 MODES = ("fit", "validate", "test", "predict")
-MAY_CHANGE = ("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start")  # in a run that is continued
+# What a run that is continued may change; with data.allow_other_data=true its data, too.
+MAY_CHANGE = (
+    *("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start"),
+    *("data.num_workers", "data.prefetch", "data.allow_other_data"),
+)
 
 
 def main() -> None:
@@ -109,10 +111,15 @@ def record(cfg: DictConfig, folder: Path) -> Path:
     if path.exists():
         refuse_changes(OmegaConf.load(path), cfg, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"config.{os.getpid()}.partial")
-    partial.write_text(OmegaConf.to_yaml(cfg))
-    os.replace(partial, path)
+    replace(path, OmegaConf.to_yaml(cfg))
     return folder
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def self_contained(cfg: DictConfig) -> DictConfig:
@@ -135,18 +142,25 @@ def reopen(folder: Path, overrides: list[str]) -> Path:
             f"resume={folder}: there is no config.yaml; a run folder is what a run prints as its last line"
         )
     folder = folder.resolve()
-    saved = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    said = folder / ".hydra" / "overrides.yaml"
+    saved = OmegaConf.load(said)
     first: list[str] = OmegaConf.to_container(saved, resolve=False)  # type: ignore[assignment]  # an override may hold ${...}
     check(first + overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         before, after = compose("config", first), compose("config", first + overrides)
     refuse_changes(before, after, folder)
     cfg = load(folder / "config.yaml")
-    for key in MAY_CHANGE:
-        if before[key] != after[key]:
-            cfg[key] = after[key]
+    for key in may_change(after):
+        if (value := OmegaConf.select(after, key)) != OmegaConf.select(before, key):
+            OmegaConf.update(cfg, key, value, merge=False)
     cfg.paths.run = str(folder)
-    return record(cfg, folder)
+    record(cfg, folder)
+    replace(said, OmegaConf.to_yaml(first + overrides))  # so that the next to continue keeps what this one said
+    return folder
+
+
+def may_change(cfg: Any) -> tuple[str, ...]:
+    return (*MAY_CHANGE, "data") if OmegaConf.select(cfg, "data.allow_other_data") else MAY_CHANGE
 
 
 def load(path: Path) -> DictConfig:
@@ -158,10 +172,11 @@ def load(path: Path) -> DictConfig:
 def refuse_changes(before: Any, after: Any, folder: Path) -> None:
     """ValueError with the list of what differs, except where a continued run may differ."""
     old, new = (dict(leaves(OmegaConf.to_container(c, resolve=False))) for c in (before, after))
+    free = tuple(f"{key}." for key in may_change(after))
     other = [
         f"    {key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
-        if key.split(".")[0] not in MAY_CHANGE and old.get(key) != new.get(key)
+        if not f"{key}.".startswith(free) and old.get(key) != new.get(key)
     ]
     if other:
         raise ValueError(
@@ -320,10 +335,14 @@ def write_predictions(trainer: Any, batches: Any, path: Path) -> None:
 
 def versions() -> dict[str, str | None]:
     """What the run runs on: Python, libraries, and the commit of this code where it is a checkout."""
-    git = subprocess.run(["git", "-C", str(PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git here
+        commit = ""
     names = ("torch", "torchvision", "lightning", "hydra-core", "timm", "numpy")
     found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found, "commit": git.stdout.strip() or None}
+    return {"python": platform.python_version(), **found, "commit": commit or None}
 
 
 if __name__ == "__main__":

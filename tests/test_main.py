@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from blip.main import CONF, check, execute, record, reopen
+from blip.main import CONF, check, execute, record, reopen, versions
 from tests import standin
 
 ROOT = CONF.parent
@@ -171,13 +171,33 @@ def test_a_run_whose_overrides_name_other_keys_is_continued(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("override", "told"),
-    [("model=base", "model.vit.width: 128 -> 768"), ("data.batch_size=7", "data.batch_size: 32 -> 7")],
+    [("model=base", "model.vit.width: 128 -> 768"), ("data.batch_size=7", r"data.batch_size: \d+ -> 7")],
 )
 def test_another_model_or_data_is_refused_with_the_difference(finished: Path, override: str, told: str) -> None:
     before = (finished / "config.yaml").read_text()
     with pytest.raises(ValueError, match=told):
         reopen(finished, [override])
     assert (finished / "config.yaml").read_text() == before
+
+
+def test_other_data_is_taken_where_it_is_allowed(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    reopen(tmp_path / "run", ["data.num_workers=3"])  # the order of the pairs does not depend on it
+    reopen(tmp_path / "run", ["data.batch_size=7", "data.allow_other_data=true"])
+    assert OmegaConf.load(tmp_path / "run" / "config.yaml").data.batch_size == 7
+
+
+def test_what_one_continuation_said_the_next_keeps(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    reopen(tmp_path / "run", ["trainer.max_steps=30"])
+    reopen(tmp_path / "run", ["trainer.log_every_n_steps=7"])
+    trainer = OmegaConf.load(tmp_path / "run" / "config.yaml").trainer
+    assert (trainer.max_steps, trainer.log_every_n_steps) == (30, 7)
+
+
+def test_a_machine_without_git_runs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert versions()["commit"] is None
 
 
 def test_the_same_folder_takes_the_same_command_only(tmp_path: Path) -> None:
