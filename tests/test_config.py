@@ -42,7 +42,16 @@ SINGLE = [
     for group in ("data", "schedule", "compile", "trainer", "logger", "debug")
     for name in options(group)
     if name
-    not in ("pretrain_14m", "pretrain_129m", "flickr8k", "photos", "shapes_easy_first", "csv", "cpu", "smoke")  # in recipes
+    not in (
+        "pretrain_14m",
+        "pretrain_129m",
+        "flickr8k",
+        "photos",
+        "shapes_easy_first",
+        "csv",
+        "cpu",
+        "smoke",
+    )  # in recipes
 ]
 
 
