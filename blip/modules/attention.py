@@ -23,7 +23,8 @@ def attend(
             mask = past if mask is None else mask & past
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return F.dropout(scores.softmax(-1), dropout, dropout > 0) @ value
+        weights = scores.softmax(-1)
+        return (F.dropout(weights, dropout) if dropout > 0 else weights) @ value
     if causal and query.shape[-2] != key.shape[-2]:  # some keys come from a cache
         rows, columns = query.shape[-2], key.shape[-2]
         past = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -97,16 +98,20 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         trained = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         optimizer = self.optimizer(parameter_groups(trained, self.rules, self.optimizer.keywords["lr"]))
-        total, per_epoch = (
-            self.total_steps,
-            max(1, self.trainer.num_training_batches // self.trainer.accumulate_grad_batches),
-        )
+        total = self.total_steps
+        if self.trainer.train_dataloader is None:  # the length of an epoch is not known before
+            self.trainer.fit_loop.setup_data()
+        # The last step of an epoch may have fewer micro-batches than the others.
+        per_epoch = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
         factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule(step, total, per_epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     @property
     def total_steps(self) -> int:
-        return int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("the run has no end: give trainer.max_steps or trainer.max_epochs")
+        return int(steps)
 
     @property
     def progress(self) -> float:
@@ -173,7 +178,10 @@ class Task(L.LightningModule):
         self._set += 1
 
     def _close(self) -> None:
-        self._score()
+        stage = "test" if self.trainer.testing else "val"
+        # All of them, for this rank may have had no picture of the last ones, and the others wait for it.
+        while self._set < len(getattr(self.trainer.datamodule, f"{stage}_names")):  # type: ignore[attr-defined]
+            self._score()
         self.log_dict(self.results, add_dataloader_idx=False)
         self.results = {}
 
