@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tokenizers
@@ -13,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from blip.modules.checkpoint import convert
 from blip.modules.momentum import MomentumEncoder
 from blip.modules.vit import VisionTransformer
+from blip.tasks.base import Task
 from blip.tasks.pretrain import PretrainTask
-from tests.tasks.steps import WORDS, stepper
+from tests.tasks.steps import WORDS, batch, pairs, stepper
 
 CLASSES = ("BlipForConditionalGeneration", "BlipForImageTextRetrieval")
 
@@ -155,3 +159,47 @@ def test_one_source_leaves_the_other_side_as_it_was(tmp_path: Path):
         assert same(getattr(task.model, untouched), getattr(before.model, untouched))
         assert not same(task.model, before.model)
         assert same_as_its_model(task)
+
+
+class Counted:
+    """An evaluator that tells how many pictures it saw."""
+
+    def reset(self) -> None:
+        self.count = 0
+
+    def update(self, model: Any, batch: Any) -> None:
+        self.count += len(batch.image)
+
+    def compute(self, model: Any) -> dict[str, float]:
+        return {"count": float(self.count)}
+
+
+def test_a_rank_without_pictures_of_a_set_scores_it_too_for_the_others_wait():
+    task, logged = stepper(), {}
+    task.log_dict = lambda values, **_: logged.update(values)
+    task.evaluators = {"it": Counted()}
+    task._trainer = SimpleNamespace(testing=True, datamodule=SimpleNamespace(test_names=["main", "other", "last"]))
+    task.on_test_epoch_start()
+    task.test_step(batch(pairs(3, seed=0)), 0, 0)
+    task.on_test_epoch_end()
+    assert logged == {"test/it/count": 3.0, "test/it_other/count": 0.0, "test/it_last/count": 0.0}
+
+
+def test_an_epoch_whose_last_step_has_fewer_micro_batches_counts_that_step():
+    task = stepper()
+    task.optimizer = partial(torch.optim.SGD, lr=1.0)
+    task.schedule = lambda step, total, per_epoch: per_epoch
+    task._trainer = SimpleNamespace(train_dataloader=[], num_training_batches=25, accumulate_grad_batches=2)
+    assert task.configure_optimizers()["lr_scheduler"]["scheduler"].get_last_lr() == [13.0]
+
+
+def test_a_run_without_an_end_is_refused():
+    task = stepper()
+    task._trainer = SimpleNamespace(estimated_stepping_batches=float("inf"))
+    with pytest.raises(ValueError, match=r"trainer\.max_steps or trainer\.max_epochs"):
+        _ = Task.total_steps.fget(task)
+
+
+def test_texts_longer_than_the_model_has_positions_are_refused():
+    with pytest.raises(ValueError, match=r"max_tokens=12 is more than the 8 of model\.med\.positions"):
+        stepper(med={"positions": 8})
