@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what PIL may take bytes for: none that starts other programs
 MAX_PIXELS = 50_000_000
+MAX_BYTES = 100_000_000  # of one picture's file; larger ones are left out unread
 MAX_SCANS = 100  # of a progressive JPEG; each scan costs a pass over all pixels, and a file can hold thousands
 BAND = 1024  # rows that are converted at once
 FILL = 128  # grey that warps and shifts leave behind

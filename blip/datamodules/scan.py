@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from blip.datamodules.images import ImageError, decode
+from blip.datamodules.images import MAX_BYTES, ImageError, decode
 from blip.datamodules.locations import is_url
 from blip.datamodules.remote import digest_of, fetch_file
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 KEY = re.compile(r"^((?:.*/)?[^./]+)\.([^/]*)$")  # WebDataset's rule: up to the first dot of the base name
+MAX_TEXT_BYTES = 1_000_000  # of one txt or json
 NOTHING = ' \t\r\n.!"()*#:;~'  # what cleaning takes from a caption (released code): a text of these alone says nothing
 
 
@@ -103,8 +104,11 @@ def scan(location: str, verify: bool) -> Scan:
             os.unlink(path)
     stats = Path(re.sub(r"\.tar$", "_stats.json", location))
     if path == location and stats.is_file() and not found.broken:
-        told, held = json.loads(stats.read_text()).get("successes"), len(found.keys) + len(found.skipped)
-        if told not in (None, held):
+        try:
+            told = json.loads(stats.read_text())["successes"]
+        except (ValueError, KeyError, TypeError):  # another tool's file
+            told = None
+        if told not in (None, held := len(found.keys) + len(found.skipped)):
             found.notes.append(f"{Path(location).name}: {stats.name} tells of {told} successes, the shard holds {held}")
     return found
 
@@ -120,6 +124,13 @@ def _add(found: Scan, file: BinaryIO, key: str, group: dict[str, tuple[int, int]
     if not ("txt" in group or "json" in group):
         found.skipped.append(("no text", key))
         return
+    at, size = pictures[0]
+    if size > MAX_BYTES:
+        found.skipped.append(("picture too large", key))
+        return
+    if max(group[e][1] for e in ("txt", "json") if e in group) > MAX_TEXT_BYTES:
+        found.skipped.append(("text too large", key))
+        return
     try:
         texts, kind = _texts(file, group)
     except ValueError as error:
@@ -128,7 +139,6 @@ def _add(found: Scan, file: BinaryIO, key: str, group: dict[str, tuple[int, int]
     if not texts:
         found.skipped.append(("text is empty", key))
         return
-    at, size = pictures[0]
     if verify:
         try:
             height, width = decode(_bytes(file, at, size)).shape[:2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -210,6 +211,15 @@ def test_nothing_outside_the_pictures_is_read(tmp_path: Path):
     build(tmp_path / "in.zip", write_csv(tmp_path / "d.csv", [("evil.jpg", "x")]), tmp_path / "zipped")
     assert list(members(tmp_path / "zipped")) == ["evil.jpg", "evil.txt"]
     assert not list(tmp_path.parent.glob("evil*"))
+
+
+def test_what_is_no_file_in_the_folder_is_left_out_and_never_waited_for(tmp_path: Path):
+    write(tmp_path / "in", {"a.jpg": jpeg(0)})
+    os.mkfifo(tmp_path / "in" / "pipe.jpg")
+    (tmp_path / "in" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    rows = [(f"{name}.jpg", "a caption") for name in ("a", "pipe", "gone")]
+    built = build(tmp_path / "in", write_csv(tmp_path / "c.csv", rows), tmp_path / "out")
+    assert built.left_out == [("picture not a file", "pipe.jpg"), ("picture not a file", "gone.jpg")]
 
 
 def test_large_and_damaged_members_of_a_zip_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -192,6 +192,21 @@ def test_the_report_counts_and_measures(tmp_path):
     assert report.notes == ["00000.tar: 00000_stats.json tells of 4 successes, the shard holds 3"]
 
 
+def test_members_too_large_to_hold_are_left_out_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr("blip.datamodules.scan.MAX_BYTES", 10_000)
+    monkeypatch.setattr("blip.datamodules.scan.MAX_TEXT_BYTES", 1_000)
+    huge, long = {**pair(1), "00001.png": bytes(20_000)}, {**pair(2), "00002.txt": b"a picture " * 200}
+    report = build_index([write(tmp_path / "data", {**pair(0), **huge, **long})]).report
+    assert (report.pictures, report.skipped) == (1, {"picture too large": 1, "text too large": 1})
+
+
+@pytest.mark.parametrize("told", ["", "[1]", "{}", '{"successes": null}'])
+def test_statistics_of_other_tools_beside_a_shard_are_no_error(tmp_path, told):
+    paths = write_shards(tmp_path / "data", [1])
+    (tmp_path / "data" / "00000_stats.json").write_text(told)
+    assert build_index(paths).report.notes == []
+
+
 def test_an_index_is_made_once_beside_the_shards(tmp_path, monkeypatch):
     write_shards(tmp_path / "data", [3, 2])
     first = open_index(tmp_path / "data" / "*.tar")

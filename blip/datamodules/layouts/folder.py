@@ -26,13 +26,12 @@ from typing import Any
 
 from webdataset import TarWriter
 
-from blip.datamodules.images import ImageError, decode
+from blip.datamodules.images import MAX_BYTES, ImageError, decode
 from blip.text import clean_caption
 
 IMAGE_COLUMNS = ("image", "file", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "captions", "text")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # what is taken for a picture when it has no caption
-MAX_BYTES = 100_000_000  # of one picture's file; larger ones are left out unread
 LEFT_OUT = "left_out.jsonl"
 
 
@@ -290,8 +289,13 @@ class Pictures:
 
     def read(self, name: str) -> bytes:
         path = self.folder / name
-        _check_size(path.stat().st_size)
-        return path.read_bytes()
+        try:
+            if not path.is_file():
+                raise ImageError("not a file", "a broken link, a pipe or a device")
+            _check_size(path.stat().st_size)
+            return path.read_bytes()
+        except OSError as error:
+            raise ImageError("unreadable in the folder", str(error)) from error
 
     def __enter__(self) -> Pictures:
         return self
