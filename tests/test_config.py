@@ -110,6 +110,9 @@ def test_every_key_of_every_node_is_one_that_its_target_takes(overrides: tuple[s
             assert not missing, f"{path}: {node['_target_']} needs {sorted(missing)}"
         checked += 1
     assert checked > 5
+    for group in ("callbacks", "logger"):
+        nameless = [name for name, node in plain[group].items() if node is not None and "_target_" not in node]
+        assert not nameless, f"{group}: {nameless} have no _target_"
     for path, kind in DATACLASSES.items():
         node = OmegaConf.select(OmegaConf.create(plain), path)
         named = inspect.signature(kind).parameters

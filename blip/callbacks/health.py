@@ -15,8 +15,9 @@ PRIOR = math.log(3) - 2 / 3 * math.log(2)  # ITM that knows only that one of thr
 class Health(L.Callback):
     """Looks every `every_steps` batches, so that no step waits for the device.
 
-    A loss that was not finite since the last look stops the run with ValueError, and before anything is saved. Two things are warned about
-    once: the ITC temperature on its floor while ITC is hardly below chance, and ITM at the prior after `warmup_steps`.
+    A loss that was not finite since the last look stops the run with ValueError, and before anything is saved. Two things
+    are warned about once: the ITC temperature on its floor while ITC is hardly below chance, and ITM at the prior after
+    `warmup_steps`.
     """
 
     def __init__(self, every_steps: int, warmup_steps: int, temperature_floor: float) -> None:
