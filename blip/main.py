@@ -298,7 +298,7 @@ def execute(config: Path) -> None:
         batches = trainer.predict(task, datamodule=datamodule)
         write_predictions(trainer, batches, folder / "predictions.jsonl")
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()  # it ends with lines of its own, and ours is the last
+        sys.modules["wandb"].teardown()  # until all is written; it ends with lines of its own, and ours is the last
     if trainer.is_global_zero:
         print(folder, flush=True)
 
