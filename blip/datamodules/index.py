@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -101,6 +102,8 @@ class Index:
         self.text_starts: np.ndarray = arrays["text_starts"]
         self.names, self.sizes, self.times = arrays["names"], arrays["sizes"], arrays["times"]
         self.digests = arrays["digests"]
+        if not all(re.fullmatch(rb"[0-9a-f]{32}", digest) for digest in self.digests.tolist()):
+            raise ValueError(f"{path}: a digest that is none, and digests name files of the cache; do not use this index")
         self._keys, self._key_starts = arrays["keys"], arrays["key_starts"]
         # one buffer, not a list: reference counts of a list's strings would copy its pages into every worker
         self.locations = np.array([os.fsencode(s) for s in shards])

@@ -283,6 +283,17 @@ def test_a_cut_or_foreign_index_file_is_refused(tmp_path):
             open_index(path)
 
 
+def test_an_index_whose_digests_could_name_other_files_is_refused(tmp_path):
+    path = write_shards(tmp_path / "data", [3])[0]
+    opened = open_index(path)
+    digest = opened.shard(0).digest.encode()
+    whole = opened.path.read_bytes()
+    assert whole.count(digest) == 1
+    opened.path.write_bytes(whole.replace(digest, b"../../" + digest[6:]))
+    with pytest.raises(ValueError, match="a digest that is none"):
+        open_index(path)
+
+
 def test_workers_find_what_one_process_finds_and_progress_is_told(tmp_path):
     paths = write_shards(tmp_path / "data", [3, 2])
     told: list[tuple] = []
