@@ -10,6 +10,7 @@ The first three import no torch, so that help and mistakes are answered at once,
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.metadata
 import json
@@ -19,6 +20,7 @@ import platform
 import re
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +33,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ValueType
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -49,7 +51,7 @@ MAY_CHANGE = (
 def main() -> None:
     arguments = sys.argv[1:]
     if len(arguments) == 1 and arguments[0].endswith("config.yaml") and "=" not in arguments[0]:
-        execute(Path(arguments[0]))
+        run(Path(arguments[0]))
         return
     flags = get_args_parser().parse_args(arguments)
     resume = [text for text in flags.overrides if text.startswith("resume=")]
@@ -250,6 +252,20 @@ def nearest(override: str, cfg: DictConfig) -> list[str]:
 # The run ----------------------------------------------------------------------------------------------------------
 
 
+def run(config: Path) -> None:
+    """Executes; an error that says what to do ends the run with its text alone, how it arose lies in the run folder."""
+    try:
+        execute(config)
+    except (ValueError, OSError, InstantiationException) as error:
+        told = error.__cause__ if isinstance(error, InstantiationException) else error
+        if not isinstance(told, ValueError | OSError):
+            raise
+        trace = config.resolve().with_name("traceback.txt")
+        with contextlib.suppress(OSError):  # the disk may be full
+            trace.write_text(traceback.format_exc())
+        sys.exit(f"error: {told}\n  How it arose: {trace}")
+
+
 def execute(config: Path) -> None:
     """Runs what a saved config says; everything that the run writes lies in the folder of that config."""
     import blip._torchvision  # noqa: F401
@@ -331,6 +347,7 @@ def write_predictions(trainer: Any, batches: Any, path: Path) -> None:
         rows = [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
     if trainer.is_global_zero:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        logging.getLogger(__name__).info("%d rows in %s", len(rows), path.name)
 
 
 def versions() -> dict[str, str | None]:

@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from blip.main import CONF, check, execute, record, reopen, versions
+from blip.main import CONF, check, execute, main, record, reopen, versions
 from tests import standin
 
 ROOT = CONF.parent
@@ -264,6 +264,14 @@ def test_a_run_begins_with_the_weights_it_is_given_and_says_so(
 def test_measuring_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no checkpoint"):
         run(recorded(tmp_path, "mode=test"))
+
+
+def test_an_error_of_the_user_ends_the_run_with_its_text_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path, "mode=test")
+    monkeypatch.setattr(sys, "argv", ["blip", str(tmp_path / "config.yaml")])
+    with pytest.raises(SystemExit, match=r"^error: .*there is no checkpoint"):
+        main()
+    assert "Traceback" in (tmp_path / "traceback.txt").read_text()
 
 
 def test_weights_and_biases_gets_what_the_csv_gets_without_a_network(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ class Curves(L.Callback):
 
 def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
     """One panel for each `stage/task` or training loss in the rows, over optimizer steps."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -116,6 +117,7 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (panel, curves) in zip(grid, panels.items(), strict=False):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for curve, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None, linewidth=1, label=curve)
         axes.set_title(panel, fontsize=9)

@@ -48,6 +48,9 @@ class Gallery(L.Callback):
             self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
 
+LABELS = {"true": "true", "generated": "generated", "best": "best match by ITC", "worst": "worst match"}
+
+
 def draw_sheet(cards: list[dict[str, Any]], path: Path, columns: int = 4) -> None:
     """Writes the cards as a grid of pictures with four lines of text under each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -57,14 +60,14 @@ def draw_sheet(cards: list[dict[str, Any]], path: Path, columns: int = 4) -> Non
         return
     columns = min(columns, len(cards))
     lines = -(-len(cards) // columns)
-    figure = Figure((3.4 * columns, 4.2 * lines), layout="constrained")
+    figure = Figure((3.4 * columns, 5.4 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid:
         axes.set_axis_off()
     for axes, card in zip(grid, cards, strict=False):
         axes.imshow(card["image"], interpolation="nearest")
-        text = "\n".join(fill(f"{name}: {card[name]}", 46) for name in ("true", "generated", "best", "worst"))
+        text = "\n".join(fill(f"{label}: {card[name]}", 46, max_lines=4) for name, label in LABELS.items())
         axes.text(
             0, -0.04, text.replace("$", r"\$"), transform=axes.transAxes, va="top", fontsize=7, family="monospace"
         )

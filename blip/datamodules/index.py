@@ -103,7 +103,9 @@ class Index:
         self.names, self.sizes, self.times = arrays["names"], arrays["sizes"], arrays["times"]
         self.digests = arrays["digests"]
         if not all(re.fullmatch(rb"[0-9a-f]{32}", digest) for digest in self.digests.tolist()):
-            raise ValueError(f"{path}: a digest that is none, and digests name files of the cache; do not use this index")
+            raise ValueError(
+                f"{path}: a digest that is none, and digests name files of the cache; do not use this index"
+            )
         self._keys, self._key_starts = arrays["keys"], arrays["key_starts"]
         # one buffer, not a list: reference counts of a list's strings would copy its pages into every worker
         self.locations = np.array([os.fsencode(s) for s in shards])

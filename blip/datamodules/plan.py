@@ -305,7 +305,7 @@ class TrainSampler:
         self.step = batch_size * world_size
         if pairs < self.step:
             raise ValueError(
-                f"{pairs} pairs an epoch are fewer than one global batch ({world_size} ranks x {batch_size}): nothing to train on"
+                f"{pairs} pairs an epoch are fewer than one step of {self.step} ({world_size} x {batch_size}): lower data.batch_size"
             )
 
     def _at(self) -> tuple[int, int]:

@@ -48,7 +48,7 @@ class Report:
     def __str__(self) -> str:
         lines = [self.title]
         for words, names in _grouped((part(name), name) for name in self.loaded):
-            lines.append(f"  loaded   {words}: {len(names)} tensors")
+            lines.append(f"  loaded   {words}: {len(names)} tensor{'s' * (len(names) != 1)}")
         lines += [f"  resized  {name}: {how}" for name, how in self.resized.items()]
         for label, rows in (("dropped", self.dropped), ("missing", self.missing)):
             for why, names in _grouped((why, name) for name, why in rows.items()):

@@ -122,7 +122,7 @@ def test_length_is_that_of_the_whole_epoch_wherever_it_begins():
 
 
 def test_fewer_pairs_than_a_global_batch_are_refused():
-    with pytest.raises(ValueError, match="fewer than one global batch"):
+    with pytest.raises(ValueError, match="fewer than one step of"):
         TrainSampler(31, 16, 0, 2, Cursor())
 
 
