@@ -117,7 +117,7 @@ def draw_curves(rows: list[dict[str, str]], path: Path) -> None:
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, (panel, curves) in zip(grid, panels.items(), strict=False):
-        axes.set_prop_cycle(color=colormaps["tab20"].colors)
+        axes.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
         for curve, points in curves.items():
             axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else None, linewidth=1, label=curve)
         axes.set_title(panel, fontsize=9)
