@@ -1,6 +1,7 @@
 """Image-text retrieval in both directions: by ITC similarity, then the best k of each query re-ranked by ITM.
 
-Score of a candidate: ITM's logit of "match" plus the cosine similarity (released evaluation); candidates outside the best k
+Score of a candidate: ITM's logit of "match" plus the cosine similarity, as released, or plus the similarity as ITC has it, divided
+by the temperature: where ITM learnt from negatives drawn by ITC, it tells only what ITC does not. Candidates outside the best k
 come after all others. Each picture's keys and values are projected once for all its candidate texts.
 """
 
@@ -22,11 +23,13 @@ OUTSIDE = -100.0
 class RetrievalEvaluator:
     """R@1, 5 and 10 in percent, `i2t_*` (texts of a picture) and `t2i_*` (the picture of a text), `..._itc` by ITC alone.
 
+    itc_scale: what the cosine is multiplied with before ITM's logit is added; None: 1 / temperature.
     top_k: how many candidates of each query ITM looks at; texts_at_once: how many texts go through ITM together at most.
     """
 
-    def __init__(self, tokenizer: Tokenizer, top_k: int, texts_at_once: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, top_k: int, texts_at_once: int, itc_scale: float | None) -> None:
         self.tokenizer, self.top_k, self.texts_at_once = tokenizer, top_k, texts_at_once
+        self.itc_scale = itc_scale
         self.reset()
 
     def reset(self) -> None:
@@ -55,7 +58,8 @@ class RetrievalEvaluator:
         match = torch.tensor([p[0] for p in pictures])[:, None] == torch.tensor([t[0] for t in texts])
         near_texts = best(cosine, self.top_k)
         near_pictures = best(cosine.T, self.top_k).T
-        scores = cosine + self.rerank(model, pictures, texts, near_texts | near_pictures)
+        scale = 1 / model.temperature.item() if self.itc_scale is None else self.itc_scale
+        scores = scale * cosine + self.rerank(model, pictures, texts, near_texts | near_pictures)
         results = {"chance_r1": 100.0 / len(pictures)}
         for name, similarity, truth in (
             ("i2t", scores.masked_fill(~near_texts, OUTSIDE), match),

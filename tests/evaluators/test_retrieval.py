@@ -21,7 +21,7 @@ WANTED[torch.tensor([0, 0, 1, 4]), torch.tensor([8, 1, 3, 0])] = True
 
 def evaluator(texts_at_once: int) -> RetrievalEvaluator:
     tokenizer: Any = SimpleNamespace(pad_id=0)
-    return RetrievalEvaluator(tokenizer, top_k=2, texts_at_once=texts_at_once)
+    return RetrievalEvaluator(tokenizer, top_k=2, texts_at_once=texts_at_once, itc_scale=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,17 @@ def test_a_true_candidate_comes_behind_all_that_score_the_same() -> None:
 
 def test_of_several_true_texts_the_best_counts() -> None:
     assert recalls(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[True, True, False]]), at=(1,)) == {1: 100.0}
+
+
+@pytest.mark.parametrize(("itc_scale", "found"), [(1.0, 0.0), (None, 100.0)])
+def test_the_similarity_beside_itm_is_the_cosine_or_what_itc_makes_of_it(
+    model: BLIP, monkeypatch: pytest.MonkeyPatch, itc_scale: float | None, found: float
+) -> None:
+    tokenizer: Any = SimpleNamespace(pad_id=0)
+    judge = RetrievalEvaluator(tokenizer, top_k=2, texts_at_once=4, itc_scale=itc_scale)
+    same = torch.eye(2)
+    judge.pictures = [(i, torch.zeros(1, 1), same[i]) for i in range(2)]
+    judge.texts = [(i, [1], same[i]) for i in range(2)]
+    assert 1 / model.temperature.item() > 5
+    monkeypatch.setattr(judge, "rerank", lambda *_: 5 * (1 - same))  # ITM errs by less than ITC is sure
+    assert judge.compute(model)["i2t_r1"] == found
