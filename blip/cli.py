@@ -139,7 +139,9 @@ def learn_vocabulary(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_json(learned.to_str())
     lengths = sorted(len(ids) for ids in tokenizer.encode(texts, sys.maxsize))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(learned.to_str(pretty=True), encoding="utf-8")
+    partial = options.out.with_name(f"{options.out.name}.partial")
+    partial.write_text(learned.to_str(pretty=True), encoding="utf-8")
+    partial.replace(options.out)
     print(
         f"{options.out}: {_count(len(tokenizer), 'piece')} with [DEC] and [ENC], from {_count(len(texts), 'caption')}; "
         f"a caption has {sum(lengths) / len(lengths):.1f} on average, 99 of 100 at most {lengths[len(lengths) * 99 // 100]}"

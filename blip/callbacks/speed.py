@@ -31,8 +31,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, side: int, repeats: in
 class Speed(L.Callback):
     """Logs run/pairs_per_s, run/data_wait and run/mfu (fractions) over windows of `every_steps` batches.
 
-    Time spent in validation and in saving is left out, and the wait for the batch after it. MFU needs the task's `flops_per_pair(batch)` (forward and backward);
-    it is the share of the device's matrix rate, measured at the start in the trainer's precision.
+    Time spent in validation and in saving is left out, and the wait for the batch after it. MFU needs the task's
+    `flops_per_pair(batch)` (forward and backward); it is the share of the device's matrix rate, measured at the start in
+    the trainer's precision.
     """
 
     def __init__(self, every_steps: int) -> None:

@@ -322,7 +322,7 @@ class ZippedPictures(Pictures):
         _check_size(member.file_size)
         try:
             return self.zip.read(member)  # stops at the size that was checked
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
             raise ImageError("unreadable in the zip", str(error)) from error
         except Exception as error:  # zlib.error, lzma.LZMAError: damaged data
             raise ImageError("damaged in the zip", str(error)) from error
