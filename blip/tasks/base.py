@@ -74,7 +74,7 @@ class Task(L.LightningModule):
         super().__init__()
         self.tokenizer_json = tokenizer
         self.tokenizer = Tokenizer.from_json(tokenizer)
-        self.model = BLIP(blip_config(model, self.tokenizer), self.encoder, self.decoder)
+        self.model: Any = self.make_model(blip_config(model, self.tokenizer))
         self.optimizer, self.schedule, self.rules = optimizer, schedule, rules
         self.evaluators = {name: make(self.tokenizer) for name, make in evaluators.items() if make is not None}
         self.compile_with = compile
@@ -82,6 +82,10 @@ class Task(L.LightningModule):
         self.config_yaml = ""
         self.results: dict[str, float] = {}
         self.micro_batch = 0  # micro-batches since the last optimizer step
+
+    def make_model(self, config: BLIPConfig) -> nn.Module:
+        """The network that the task trains; with another one than `BLIP`, `take` says what starts it."""
+        return BLIP(config, self.encoder, self.decoder)
 
     # the device side of a batch -----------------------------------------------------------------------------------
 
