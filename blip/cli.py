@@ -104,7 +104,8 @@ def index_shards(options: argparse.Namespace) -> int:
 
 def build_shards(options: argparse.Namespace) -> int:
     """Packs pictures, their bytes untouched, with their captions into WebDataset shards; says what is left out and why."""
-    from blip.datamodules.layouts.folder import LEFT_OUT, build
+    from blip.datamodules.layouts.folder import build
+    from blip.datamodules.layouts.packing import LEFT_OUT
 
     built = build(
         options.images,

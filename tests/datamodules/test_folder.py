@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from blip.datamodules.layouts import folder
+from blip.datamodules.layouts import packing
 from blip.datamodules.layouts.folder import build, read_rows
 
 
@@ -126,14 +126,14 @@ def test_everything_left_out_is_named_with_its_reason(tmp_path: Path):
 def test_shards_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure):
     images = write(tmp_path / "in", {f"{n}.jpg": jpeg(n) for n in range(4)})
     captions = write_csv(tmp_path / "c.csv", [(f"{n}.jpg", "a caption") for n in range(4)])
-    decode = folder.decode
+    decode = packing.decode
 
     def fail_at_the_third(data: bytes) -> np.ndarray:
         if data == jpeg(2):
             raise failure
         return decode(data)
 
-    monkeypatch.setattr(folder, "decode", fail_at_the_third)
+    monkeypatch.setattr(packing, "decode", fail_at_the_third)
     with pytest.raises(failure if isinstance(failure, type) else OSError):
         build(images, captions, tmp_path / "made/out", shard_size=1)
     assert list((tmp_path / "made").iterdir()) == []
@@ -223,7 +223,7 @@ def test_what_is_no_file_in_the_folder_is_left_out_and_never_waited_for(tmp_path
 
 
 def test_large_and_damaged_members_of_a_zip_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(folder, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(packing, "MAX_BYTES", 10_000)
     with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.jpg", bytes(1_000_000))
         archive.writestr("good.jpg", jpeg(0))

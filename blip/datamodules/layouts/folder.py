@@ -11,45 +11,17 @@ one ValueError.
 from __future__ import annotations
 
 import csv
-import itertools
 import json
-import os
-import re
-import shutil
-import tempfile
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from webdataset import TarWriter
-
-from blip.datamodules.images import MAX_BYTES, ImageError, decode
-from blip.text import clean_caption
+from blip.datamodules.layouts.media import PICTURE_ENDINGS, Media
+from blip.datamodules.layouts.packing import Built, Entry, LeftOut, check_out, file_key, pack, says
 
 IMAGE_COLUMNS = ("image", "file", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "captions", "text")
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # what is taken for a picture when it has no caption
-LEFT_OUT = "left_out.jsonl"
-
-
-@dataclass
-class Built:
-    """What `build` wrote; `left_out` has (reason, name) in the order met."""
-
-    shards: int = 0
-    pictures: int = 0
-    captions: int = 0
-    bytes: int = 0
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def reasons(self) -> dict[str, list[str]]:
-        """Reason -> names, the most frequent first."""
-        counts = Counter(reason for reason, _ in self.left_out)
-        return {reason: [name for why, name in self.left_out if why == reason] for reason, _ in counts.most_common()}
 
 
 def build(
@@ -68,113 +40,34 @@ def build(
     Raises ValueError (with what, where and what to do) for input that gives no pair; OSError kin for files.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already there; remove it or give another folder")
-    if shard_size < 1:
-        raise ValueError(f"a shard holds at least one picture, not {shard_size}")
+    check_out(out, shard_size)
     rows = read_rows(Path(captions))
     wanted = _select(rows, split, split_column, Path(captions))
-    built = Built()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open_pictures(Path(images)) as pictures:
-        captions_of = _match(_Names(pictures.names), rows, wanted, built)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        try:
-            _write(folder, _samples(pictures, captions_of, built, progress), shard_size, built)
-            if not built.pictures:
-                found = ", ".join(
-                    f"{reason} ({len(names)} times, first {names[0]})" for reason, names in built.reasons.items()
-                )
-                raise ValueError(f"no pair in {images} with {captions}: {found or 'no rows'}")
-            folder.chmod(0o755)
-            if out.exists():
-                out.rmdir()
-            folder.rename(out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    return built
+    with Media([Path(images)]) as media:
+        return pack(_entries(media, rows, wanted), media, out, shard_size, progress=progress)
 
 
-def _write(folder: Path, samples: Iterator[dict[str, Any]], shard_size: int, built: Built) -> None:
-    while (first := next(samples, None)) is not None:
-        with open(folder / f"{built.shards:05d}.tar", "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as shard:  # no time of writing: equal input, equal bytes
-                for sample in itertools.chain([first], itertools.islice(samples, shard_size - 1)):
-                    shard.write(sample)
-            file.flush()
-            os.fsync(file.fileno())
-        built.shards += 1
-    if built.left_out:
-        lines = (json.dumps({"reason": reason, "name": name}, ensure_ascii=False) for reason, name in built.left_out)
-        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _samples(
-    pictures: Pictures, captions: Mapping[str, list[str]], built: Built, progress: Callable[[int, int], None] | None
-) -> Iterator[dict[str, Any]]:
-    """The members of each pair as TarWriter takes them, counted in `built` along with what is left out."""
-    keys: set[str] = set()
-    for done, (file, texts) in enumerate(captions.items(), start=1):
-        if progress is not None:
-            progress(done, len(captions))
-        said = [text.strip() for text in texts if clean_caption(text.strip(), 1)]  # marks alone say nothing
-        built.left_out += [("caption is empty", file)] * (len(texts) - len(said))
-        if not said:
-            continue
-        try:
-            data = pictures.read(file)
-            ending = _ending(data)
-        except ImageError as error:
-            built.left_out.append((f"picture {error.reason}", file))
-            continue
-        built.pictures, built.captions, built.bytes = (
-            built.pictures + 1,
-            built.captions + len(said),
-            built.bytes + len(data),
-        )
-        text = {"txt": said[0]} if len(said) == 1 else {"json": json.dumps({"captions": said}, ensure_ascii=False)}
-        yield {"__key__": _key(file, keys), ending: data} | {kind: value.encode() for kind, value in text.items()}
-
-
-def _match(
-    names: _Names, rows: list[dict[str, Any]], wanted: Mapping[str, list[str]], built: Built
-) -> dict[str, list[str]]:
-    """File -> captions; what has no counterpart on the other side is left out."""
-    files = {name: names.find(name) for name in dict.fromkeys(row["image"] for row in rows)}
+def _entries(media: Media, rows: list[dict[str, Any]], wanted: Mapping[str, list[str]]) -> list[Entry | LeftOut]:
+    """One entry for each file; what has no counterpart on the other side is left out."""
+    files = {name: media.find(name) for name in dict.fromkeys(row["image"] for row in rows)}
     named = {file for found in files.values() for file in found}
-    built.left_out += [
-        ("picture without a caption", file)
-        for file in names.all
-        if file not in named and file.lower().endswith(ENDINGS)
+    entries: list[Entry | LeftOut] = [
+        LeftOut("picture without a caption", file.name)
+        for file in media.files
+        if file not in named and file.name.lower().endswith(PICTURE_ENDINGS)
     ]
     captions: dict[str, list[str]] = {}  # one file may be named in several ways
     for name, texts in wanted.items():
         if len(files[name]) == 1:
-            captions.setdefault(files[name][0], []).extend(texts)
+            captions.setdefault(files[name][0].name, []).extend(texts)
         else:
-            built.left_out.append(("picture name is ambiguous" if files[name] else "picture is missing", name))
-    return captions
-
-
-def _ending(data: bytes) -> str:
-    """The member's ending by what the bytes are, once they decode; ImageError for what has no place in shards."""
-    decode(data)
-    for start, ending in ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp")):
-        if data.startswith(start):
-            return ending
-    raise ImageError("of a kind that shards do not hold", "shards hold JPEG, PNG and WebP; convert it to one of these")
-
-
-def _key(file: str, taken: set[str]) -> str:
-    """A WebDataset key from a file's name: no dot or slash in it, of a length that every tar holds, each once."""
-    base = re.sub(r"[^\w-]", "_", PurePosixPath(file).stem, flags=re.ASCII)[:80] or "_"
-    key, number = base, 1
-    while key in taken:
-        number += 1
-        key = f"{base}-{number}"
-    taken.add(key)
-    return key
+            entries.append(LeftOut("picture name is ambiguous" if files[name] else "picture is missing", name))
+    for file, texts in captions.items():
+        said = [text.strip() for text in texts if says(text)]
+        entries += [LeftOut("caption is empty", file)] * (len(texts) - len(said))
+        if said:
+            entries.append(Entry(file_key(file), ((file,),), said[0] if len(said) == 1 else {"captions": said}))
+    return entries
 
 
 # --- the captions ---
@@ -273,103 +166,3 @@ def _select(rows: list[dict[str, Any]], split: str | None, column: str, path: Pa
     for row in rows:
         wanted.setdefault(row["image"], []).extend(row["captions"])
     return wanted
-
-
-# --- the pictures ---
-
-
-class Pictures:
-    """The files of a folder: `names` are their paths within it, in order."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.names = sorted(
-            (Path(root, file).relative_to(folder).as_posix() for root, _, files in os.walk(folder) for file in files)
-        )
-
-    def read(self, name: str) -> bytes:
-        path = self.folder / name
-        try:
-            if not path.is_file():
-                raise ImageError("not a file", "a broken link, a pipe or a device")
-            _check_size(path.stat().st_size)
-            return path.read_bytes()
-        except OSError as error:
-            raise ImageError("unreadable in the folder", str(error)) from error
-
-    def __enter__(self) -> Pictures:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-class ZippedPictures(Pictures):
-    """The members of a zip, read where they are: nothing is unpacked to the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.zip = zipfile.ZipFile(path)
-        members = [
-            member
-            for member in self.zip.infolist()
-            if not member.is_dir() and not member.filename.startswith("__MACOSX/")
-        ]
-        self.members = {member.filename: member for member in members}
-        self.names = [member.filename for member in members]
-
-    def read(self, name: str) -> bytes:
-        member = self.members[name]
-        _check_size(member.file_size)
-        try:
-            return self.zip.read(member)  # stops at the size that was checked
-        except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
-            raise ImageError("unreadable in the zip", str(error)) from error
-        except Exception as error:  # zlib.error, lzma.LZMAError: damaged data
-            raise ImageError("damaged in the zip", str(error)) from error
-
-    def __exit__(self, *_: object) -> None:
-        self.zip.close()
-
-
-def open_pictures(path: Path) -> Pictures:
-    """The pictures of a folder or of a zip file."""
-    if path.is_dir():
-        return Pictures(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such folder or zip of pictures")
-    try:
-        return ZippedPictures(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: neither a folder nor a zip of pictures ({error})") from error
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_BYTES:
-        raise ImageError("too large", f"a file of {size / 1e6:.0f} MB, limit {MAX_BYTES / 1e6:.0f}")
-
-
-class _Names:
-    """Finds files by their path or the end of it, with or without the ending: `a/b.jpg` by `a/b.jpg`, `b`, `/data/a/b.jpg`."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.all = names
-        self._files: dict[str, list[str]] = {}
-        for name in names:
-            path = PurePosixPath(name)
-            for short in dict.fromkeys((path.name, path.stem)):
-                self._files.setdefault(short, []).append(name)
-
-    def find(self, name: str) -> list[str]:
-        """All files that may be meant: one, where the name is good; the very path, where it exists."""
-        path = PurePosixPath(name)
-        files = self._files.get(path.name, [])
-        if str(path) in files:
-            return [str(path)]
-        folders = path.parts[:-1]
-        return [file for file in files if _ends_alike(folders, PurePosixPath(file).parts[:-1])]
-
-
-def _ends_alike(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Whether the shorter path is the end of the longer: of `train/1.jpg` and `val/1.jpg` neither is."""
-    length = min(len(one), len(other))
-    return one[len(one) - length :] == other[len(other) - length :]
