@@ -350,13 +350,21 @@ def convert(
 
 
 def nodes(config: BLIPConfig) -> dict[str, Any]:
-    """The config nodes that `tasks.base.blip_config` makes this config of, given the tokenizer."""
+    """The config nodes that `blip_config` makes this config of, given the vocabulary."""
     tree = asdict(config)
     for name in ("dec_id", "enc_id"):
         del tree[name]
     for name in ("vocab_size", "look_width"):
         del tree["med"][name]
     return tree
+
+
+def blip_config(model: Mapping[str, Any], vocab_size: int, dec_id: int, enc_id: int) -> BLIPConfig:
+    """The sizes of a model from its config nodes (`conf/model`) and its vocabulary; the other way of `nodes`."""
+    vit = ViTConfig(**model["vit"])
+    med = MEDConfig(**model["med"], vocab_size=vocab_size, look_width=vit.width)
+    rest = {name: value for name, value in model.items() if name not in ("vit", "med")}
+    return BLIPConfig(vit=vit, med=med, dec_id=dec_id, enc_id=enc_id, **rest)
 
 
 def _transformers_config(config: BLIPConfig, task: str) -> dict[str, Any]:

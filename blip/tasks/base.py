@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from blip.modules.blip import BLIP, BLIPConfig
-from blip.modules.checkpoint import Report, Weights, load, read
+from blip.modules.checkpoint import Report, Weights, blip_config, load, read
 from blip.modules.initialise import from_bert, from_vit
-from blip.modules.med import MEDConfig
-from blip.modules.vit import ViTConfig, denormalize, normalize
+from blip.modules.vit import denormalize, normalize
 from blip.tasks.distributed import rank
 from blip.text import Tokenizer
 
@@ -74,7 +73,7 @@ class Task(L.LightningModule):
         super().__init__()
         self.tokenizer_json = tokenizer
         self.tokenizer = Tokenizer.from_json(tokenizer)
-        self.model: Any = self.make_model(blip_config(model, self.tokenizer))
+        self.model: Any = self.make_model(blip_config(model, len(self.tokenizer), self.tokenizer.dec_id, self.tokenizer.enc_id))
         self.optimizer, self.schedule, self.rules = optimizer, schedule, rules
         self.evaluators = {name: make(self.tokenizer) for name, make in evaluators.items() if make is not None}
         self.compile_with = compile
@@ -241,11 +240,3 @@ class Task(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config_yaml
         checkpoint["tokenizer"] = self.tokenizer_json
-
-
-def blip_config(model: dict[str, Any], tokenizer: Tokenizer) -> BLIPConfig:
-    """The sizes of a model from its config nodes and its vocabulary."""
-    vit = ViTConfig(**model["vit"])
-    med = MEDConfig(**model["med"], vocab_size=len(tokenizer), look_width=vit.width)
-    rest = {k: v for k, v in model.items() if k not in ("vit", "med")}
-    return BLIPConfig(vit=vit, med=med, dec_id=tokenizer.dec_id, enc_id=tokenizer.enc_id, **rest)
