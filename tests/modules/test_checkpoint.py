@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip.modules.blip import BLIP
-from blip.modules.checkpoint import Weights, convert, load, nodes, read, sizes
+from blip.modules.checkpoint import Weights, blip_config, convert, load, nodes, read, sizes
 from blip.modules.momentum import MomentumEncoder, Queue
 from blip.modules.names import RELEASED, TRANSFORMERS, from_released, from_transformers, to_released, to_transformers
 from blip.text import Tokenizer
