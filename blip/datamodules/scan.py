@@ -39,7 +39,7 @@ class Scan:
     broken: str = ""
 
 
-def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
+def members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
     """Members of a tar, one by one. `tarfile` takes an unreadable header for the end: what follows the last must be the end."""
     file.seek(0)
     if file.read(2) == b"\x1f\x8b":
@@ -75,7 +75,7 @@ def scan(location: str, verify: bool) -> Scan:
             found.size, found.time, found.digest = about.st_size, about.st_mtime_ns, digest_of(path)
             done: set[str] = set()
             key, group = "", dict[str, tuple[int, int]]()
-            for member in _members(file, found.size):
+            for member in members(file, found.size):
                 if member.islnk() or member.issym() or member.issparse():
                     raise ValueError(f"{member.name} is a link or a sparse file: such members are not read")
                 match = KEY.match(member.name)
