@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +19,8 @@ from blip.modules.checkpoint import Weights, load, nodes, sizes
 from blip.modules.losses import lm_loss
 from blip.modules.names import from_released, released_names
 from blip.modules.vit import resize_position_embedding
-from blip.tasks import pretrain
+from blip.tasks import contrastive, pretrain
+from blip.tasks.distributed import rank
 from blip.tasks.pretrain import PretrainTask
 from blip.text import Tokenizer
 
@@ -258,21 +260,30 @@ def _leave_noise(out: Any, folder: Path, step: str) -> None:
                 out.masks[full] = (~noise, f"a gradient below {RESOLVED:g}, from which float32 makes a step of noise")
 
 
-def _train(task: Replay, batch: SimpleNamespace) -> dict[str, Tensor]:
-    """One training step with backward, and what passed between its functions."""
-    calls: dict[str, list] = {}
+@contextmanager
+def recording(**functions: ModuleType) -> Iterator[dict[tuple[int, str], list]]:
+    """What the functions, named with the module that calls them, are given and give back, by (rank, name), in order."""
+    calls: dict[tuple[int, str], list] = {}
 
-    def watched(name: str) -> Any:
-        function = getattr(pretrain, name)
-
+    def watched(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
             result = function(*args)
-            calls.setdefault(name, []).append((args, result))
+            calls.setdefault((rank(), name), []).append((args, result))
             return result
 
         return call
 
-    names = ("soft_targets", "itc_loss", "negative_weights", "draw", "itm_loss", "lm_loss")
+    with ExitStack() as stack:
+        for name, module in functions.items():
+            stack.enter_context(patch.object(module, name, watched(name, getattr(module, name))))
+        yield calls
+
+
+CONTRASTIVE = dict.fromkeys(("soft_targets", "itc_loss", "negative_weights", "draw", "itm_loss"), contrastive)
+
+
+def _train(task: Replay, batch: SimpleNamespace) -> dict[str, Tensor]:
+    """One training step with backward, and what passed between its functions."""
     states: list[Tensor] = []
     lm_states = task.model.lm_states
 
@@ -280,26 +291,32 @@ def _train(task: Replay, batch: SimpleNamespace) -> dict[str, Tensor]:
         states.append(lm_states(*args))
         return states[-1]
 
-    with (
-        patch.multiple(pretrain, **{name: watched(name) for name in names}),
-        patch.object(task.model, "lm_states", watched_states),
-    ):
+    with recording(**CONTRASTIVE, lm_loss=pretrain) as calls, patch.object(task.model, "lm_states", watched_states):
         loss = task.training_step(batch, 0)
     loss.backward()
-    (image_targets, text_targets), ((sims, itc),) = calls["soft_targets"], calls["itc_loss"]
     with torch.no_grad():
         logits = batch.layout.pad(task.model.med.lm_head(states[0]))
     made = {
         **task.seen,
-        **{"loss": loss, "loss_ita": itc, "loss_itm": calls["itm_loss"][0][1], "loss_lm": calls["lm_loss"][0][1]},
+        **contrasted(calls, 0),
+        **{"loss": loss, "loss_lm": calls[0, "lm_loss"][0][1], "lm_logits": logits},
+    }
+    return {name: tensor.detach() for name, tensor in made.items()}
+
+
+def contrasted(calls: dict[tuple[int, str], list], rank: int) -> dict[str, Tensor]:
+    """What ITC and ITM of one step made, by the folder's names."""
+    own = {name: found for (of, name), found in calls.items() if of == rank}
+    (image_targets, text_targets), ((sims, itc),) = own["soft_targets"], own["itc_loss"]
+    ((matched, itm),) = own["itm_loss"]
+    return {
+        **{"loss_ita": itc, "loss_itm": itm, "itm_logits": matched[0]},
         **{"sim_i2t": sims[0], "sim_t2i": sims[1]},
         **{"sim_i2t_m": image_targets[0][1], "sim_t2i_m": text_targets[0][1]},
         **{"sim_i2t_targets": image_targets[1], "sim_t2i_targets": text_targets[1]},
-        "neg_weights": torch.cat([result for _, result in calls["negative_weights"]]),
-        "neg_index": torch.cat([result[0] for _, result in calls["draw"]]),
-        **{"itm_logits": calls["itm_loss"][0][0][0], "lm_logits": logits},
+        "neg_weights": torch.cat([result for _, result in own["negative_weights"]]),
+        "neg_index": torch.cat([result[0] for _, result in own["draw"]]),
     }
-    return {name: tensor.detach() for name, tensor in made.items()}
 
 
 # the other cases ------------------------------------------------------------------------------------------------------

@@ -6,104 +6,41 @@ negatives and match (ITM); decode (LM). Keys and values of a picture are project
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blip.layout import TextLayout
 from blip.modules.blip import TEMPERATURE_RANGE
-from blip.modules.checkpoint import Report, Weights, load
 from blip.modules.flops import pretraining_flops
-from blip.modules.losses import (
-    draw,
-    itc_loss,
-    itm_loss,
-    lm_loss,
-    match_targets,
-    negative_weights,
-    soft_targets,
-)
+from blip.modules.losses import lm_loss
 from blip.modules.med import CrossKV
-from blip.modules.momentum import MomentumEncoder, Queue
-from blip.tasks.base import Task, step_seed
-from blip.tasks.distributed import gather, gather_with_gradient, mean_over_ranks, rank, world_size
+from blip.tasks.contrastive import ContrastiveObjectives, ContrastiveTask
+from blip.tasks.distributed import mean_over_ranks, rank, world_size
 
 
 @dataclass(frozen=True)
-class Objectives:
-    """What is optimised. Starts and ends are shares of the run, so that a recipe fits any length.
+class Objectives(ContrastiveObjectives):
+    """ITC and ITM, which takes part from `itm_start` on, and LM."""
 
-    keys: whose momentum features of this batch ITC compares with, `local` (released) or `all` ranks. negatives: whose pairs
-    ITM draws from. positives: what ITC takes for a match, `pair` (released pre-training) or `image`. alpha rises linearly
-    from 0 at `alpha_start` to its value at `alpha_end`. momentum_ramp: begin with a faster average, min(m, (1+k)/(10+k)).
-    """
-
-    keys: str
-    negatives: str
-    positives: str
-    itc_weight: float
-    itm_weight: float
     lm_weight: float
     itm_start: float
-    queue_size: int
-    queue_start: float
-    alpha: float
-    alpha_start: float
-    alpha_end: float
-    momentum: float
-    momentum_ramp: bool
-    momentum_dropout: bool
-    negative_floor: float
     label_smoothing: float
 
     def __post_init__(self) -> None:
-        choices = {"keys": ("local", "all"), "negatives": ("local", "all"), "positives": ("pair", "image")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"task.objectives.{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        super().__post_init__()
         if self.negatives == "all" and self.keys != "all":
             raise ValueError("task.objectives.negatives=all draws by similarities with all ranks: set keys=all as well")
 
-    def alpha_at(self, progress: float) -> float:
-        if self.alpha_end <= self.alpha_start:
-            return self.alpha if progress >= self.alpha_start else 0.0
-        return self.alpha * min(1.0, max(0.0, (progress - self.alpha_start) / (self.alpha_end - self.alpha_start)))
 
-    def momentum_at(self, step: int) -> float:
-        return min(self.momentum, (1 + step) / (10 + step)) if self.momentum_ramp else self.momentum
-
-
-class PretrainTask(Task):
+class PretrainTask(ContrastiveTask):
     """Pre-trains the whole model on image-text pairs of at most `max_tokens`; the other arguments are `Task`'s."""
 
+    objectives: Objectives
+
     def __init__(self, objectives: dict[str, Any], max_tokens: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if max_tokens > (positions := self.model.config.med.positions):
-            raise ValueError(f"data.max_tokens={max_tokens} is more than the {positions} of model.med.positions")
-        self.max_tokens = max_tokens
-        self.objectives = Objectives(**objectives)
-        self.momentum = MomentumEncoder(self.model, self.objectives.momentum_dropout)
-        self.queue = Queue(self.objectives.queue_size, self.model.config.embed_width)
-        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []  # momentum features since the last optimizer step
-
-    def take(self, weights: Weights) -> list[Report]:
-        """The model, and the momentum encoder where the file has one (else a copy of the model); the queue starts anew."""
-        momentum = {name: t for name, t in weights.tensors.items() if name.startswith("momentum.")}
-        queue = [name for name in weights.tensors if name.startswith("queue.")]
-        rest = {name: t for name, t in weights.tensors.items() if name not in momentum and name not in queue}
-        reports = super().take(replace(weights, tensors=rest))
-        reports[0].dropped |= dict.fromkeys(queue, "the queue starts anew")
-        if momentum:
-            return [*reports, load(self.momentum, replace(weights, tensors=momentum, dropped={}), "momentum.")]
-        self.momentum.copy_from(self.model)
-        return reports
-
-    def start_from(self, text: str | None, image: str | None, lm_head: bool) -> list[Report]:
-        reports = super().start_from(text, image, lm_head)
-        self.momentum.copy_from(self.model)
-        return reports
+        super().__init__(Objectives(**objectives), max_tokens, **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         model, goals, progress = self.model, self.objectives, self.progress
@@ -112,10 +49,7 @@ class PretrainTask(Task):
         image_features = model.image_features(image_states)  # [B, E]
         text_features = model.text_features(batch.input_ids, batch.layout)  # [B, E]
 
-        if self.micro_batch == 0:
-            self.momentum.update(model, goals.momentum_at(self.global_step))
-        momentum_image, momentum_text = self.momentum(batch.image, batch.input_ids, batch.layout)
-        self.pending.append((gather(momentum_image), gather(momentum_text), gather(batch.image_ids)))
+        momentum_image, momentum_text = self.momentum_features(batch)
         with torch.autocast(batch.image.device.type, enabled=False):
             itc, image_similarity, text_similarity = self.contrast(
                 image_features, text_features, momentum_image, momentum_text, batch.image_ids
@@ -126,7 +60,8 @@ class PretrainTask(Task):
         matching = progress >= goals.itm_start
         cross = model.med.look(image_states) if matching or model.med.looks_alike else []
         if matching:
-            itm = self.match(batch, image_states, cross, image_similarity, text_similarity)
+            columns = self.candidates(batch.image.shape[0])
+            itm = self.match(batch, image_states, cross, image_similarity[:, columns], text_similarity[:, columns])
             loss = loss + goals.itm_weight * itm
             logs["itm"] = itm.detach()
         else:  # every parameter takes part in every step, as DDP expects
@@ -140,70 +75,12 @@ class PretrainTask(Task):
         self.log("train/loss", loss.detach(), batch_size=batch.image.shape[0])
         return loss
 
-    def contrast(
-        self, image: Tensor, text: Tensor, momentum_image: Tensor, momentum_text: Tensor, image_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """ITC of features [B, E] with the momentum features as keys, and both similarities [B, K] (batch first)."""
-        goals, queue = self.objectives, self.queue
-        key_image, key_text, key_ids = (
-            self.pending[-1] if goals.keys == "all" else (momentum_image, momentum_text, image_ids)
-        )
-        own = torch.arange(image.shape[0], device=image.device) + (
-            rank() * image.shape[0] if goals.keys == "all" else 0
-        )
-        if queue.size and self.progress >= goals.queue_start:
-            key_image = torch.cat([key_image, queue.image.to(key_image.dtype)])
-            key_text = torch.cat([key_text, queue.text.to(key_text.dtype)])
-            key_ids = torch.cat([key_ids, queue.ids])
-        temperature = self.model.temperature.to(image.dtype)
-        image_similarity, text_similarity = image @ key_text.T / temperature, text @ key_image.T / temperature  # [B, K]
-        targets = match_targets(image_ids, key_ids, own, goals.positives, image.dtype)
-        alpha = goals.alpha_at(self.progress)
-        fixed = temperature.detach()
-        image_targets = soft_targets(targets, momentum_image @ key_text.T / fixed, alpha)
-        text_targets = soft_targets(targets, momentum_text @ key_image.T / fixed, alpha)
-        return (
-            itc_loss(image_similarity, text_similarity, image_targets, text_targets),
-            image_similarity,
-            text_similarity,
-        )
-
-    def match(
-        self, batch: Any, image_states: Tensor, cross: list[CrossKV], image_similarity: Tensor, text_similarity: Tensor
-    ) -> Tensor:
-        """ITM of each pair, of each picture with a hard negative text, and of each text with a hard negative picture."""
-        goals, everywhere = self.objectives, self.objectives.negatives == "all" and world_size() > 1
-        size = batch.image.shape[0]
-        all_ids = gather(batch.image_ids) if everywhere else batch.image_ids
-        admissible = batch.image_ids[:, None] != all_ids[None]  # [B, G]
-        # Similarity columns begin with the batch's keys: all ranks' where keys=all, else this rank's.
-        first = rank() * size if goals.keys == "all" and not everywhere else 0
-        columns = slice(first, first + admissible.shape[1])
-        uniform = self.uniform(size)
-        pictures, has_picture = draw(
-            negative_weights(text_similarity[:, columns], admissible, goals.negative_floor), uniform[0]
-        )
-        texts, has_text = draw(
-            negative_weights(image_similarity[:, columns], admissible, goals.negative_floor), uniform[1]
-        )
-
-        ids = batch.layout.pad(batch.input_ids)  # [B, L]
-        mask = batch.layout.mask
-        if everywhere:
-            widen = (0, self.max_tokens - ids.shape[1])  # one width for all ranks
-            ids, mask = gather(torch.nn.functional.pad(ids, widen)), gather(torch.nn.functional.pad(mask, widen))
-            foreign = self.model.med.look(gather_with_gradient(image_states)[pictures])
-        else:
-            foreign = [kv.select(pictures) for kv in cross]
-        negative = TextLayout.from_mask(mask[texts])
-        # The pair's text and the negative text look at the same picture: side by side they are one row of queries.
-        both = batch.layout.beside(negative)
-        own_picture = self.model.itm_logits(torch.cat([batch.input_ids, ids[texts].flatten()]), both, cross)
-        other_picture = self.model.itm_logits(batch.input_ids, batch.layout, foreign)
-        logits = torch.cat([own_picture[:size], other_picture, own_picture[size:]])  # [3B, 2]
-        matched = torch.arange(3 * size, device=logits.device) < size
-        valid = torch.cat([torch.ones_like(has_text), has_picture, has_text])
-        return itm_loss(logits, matched, valid, mean_over_ranks(valid.sum().to(logits.dtype)))
+    def candidates(self, size: int) -> slice:
+        """The columns of ITC's similarities that ITM draws negatives from: they begin with the batch's keys."""
+        if self.draws_everywhere:
+            return slice(world_size() * size)
+        first = rank() * size if self.objectives.keys == "all" else 0
+        return slice(first, first + size)
 
     def describe(self, batch: Any, cross: list[CrossKV]) -> Tensor:
         """LM of each text given its picture; logits only where a next token is to be told."""
@@ -212,18 +89,6 @@ class PretrainTask(Task):
         targets = batch.input_ids[followed + 1]
         count = mean_over_ranks(torch.full((), float(targets.shape[0]), device=states.device))
         return lm_loss(self.model.med.lm_head(states[followed]), targets, self.objectives.label_smoothing, count)
-
-    def uniform(self, size: int) -> Tensor:
-        """Numbers in [0, 1) for the draws, [2, B]: a function of seed, step and the row's place among all ranks' rows."""
-        generator = torch.Generator(device=self.device)
-        generator.manual_seed(step_seed(self.seed, "negatives", self.global_step, self.micro_batch))
-        everyone = torch.rand(2, world_size() * size, generator=generator, device=self.device)
-        return everyone[:, rank() * size : (rank() + 1) * size]
-
-    def after_step(self) -> None:
-        for features in self.pending:
-            self.queue.enqueue(*features)
-        self.pending = []
 
     def flops_per_pair(self, batch: Any) -> float:
         """Forward and backward of a step over this batch on this rank, by its pairs; from shapes alone, so nothing waits."""
@@ -236,6 +101,6 @@ class PretrainTask(Task):
             longest=layout.longest,
             keys=keys + (goals.queue_size if self.progress >= goals.queue_start else 0),
             itm=self.progress >= goals.itm_start,
-            gathered_width=self.max_tokens if goals.negatives == "all" and world_size() > 1 else None,
+            gathered_width=self.max_tokens if self.draws_everywhere else None,
         )
         return sum(part.total for part in parts.values()) / size
