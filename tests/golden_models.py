@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -249,26 +250,26 @@ def _after(out: Any, case: dict[str, Any], step: str, names: dict[str, Tensor], 
                 out.tensors[full] = names[name]
 
 
-def _leave_noise(out: Any, folder: Path, step: str) -> None:
+def _leave_noise(out: Any, folder: Path, step: str, first: str = "step1.grad.") -> None:
     """Leaves out the places whose first gradient float32 cannot resolve: Adam divides by it, and steps by noise."""
     path = folder / "f64.safetensors"
     for name, gradient in (load_file(path) if path.exists() else {}).items():
-        full = name.replace("step1.grad.", f"{step}.after.param.")
-        if name.startswith("step1.grad.") and full not in out.masks:
+        full = name.replace(first, f"{step}.after.param.")
+        if name.startswith(first) and full not in out.masks:
             noise = (gradient != 0) & (gradient.abs() < RESOLVED)
             if noise.any():
                 out.masks[full] = (~noise, f"a gradient below {RESOLVED:g}, from which float32 makes a step of noise")
 
 
 @contextmanager
-def recording(**functions: ModuleType) -> Iterator[dict[tuple[int, str], list]]:
-    """What the functions, named with the module that calls them, are given and give back, by (rank, name), in order."""
-    calls: dict[tuple[int, str], list] = {}
+def recording(**functions: ModuleType) -> Iterator[dict[int, dict[str, list]]]:
+    """What functions, named with the module that calls them, are given and give back: a list for each rank and name."""
+    calls: dict[int, dict[str, list]] = defaultdict(lambda: defaultdict(list))
 
     def watched(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
             result = function(*args)
-            calls.setdefault((rank(), name), []).append((args, result))
+            calls[rank()][name].append((args, result))
             return result
 
         return call
@@ -298,24 +299,23 @@ def _train(task: Replay, batch: SimpleNamespace) -> dict[str, Tensor]:
         logits = batch.layout.pad(task.model.med.lm_head(states[0]))
     made = {
         **task.seen,
-        **contrasted(calls, 0),
-        **{"loss": loss, "loss_lm": calls[0, "lm_loss"][0][1], "lm_logits": logits},
+        **contrasted(calls[0]),
+        **{"loss": loss, "loss_lm": calls[0]["lm_loss"][0][1], "lm_logits": logits},
     }
     return {name: tensor.detach() for name, tensor in made.items()}
 
 
-def contrasted(calls: dict[tuple[int, str], list], rank: int) -> dict[str, Tensor]:
+def contrasted(calls: dict[str, list]) -> dict[str, Tensor]:
     """What ITC and ITM of one step made, by the folder's names."""
-    own = {name: found for (of, name), found in calls.items() if of == rank}
-    (image_targets, text_targets), ((sims, itc),) = own["soft_targets"], own["itc_loss"]
-    ((matched, itm),) = own["itm_loss"]
+    (image_targets, text_targets), ((sims, itc),) = calls["soft_targets"], calls["itc_loss"]
+    ((matched, itm),) = calls["itm_loss"]
     return {
         **{"loss_ita": itc, "loss_itm": itm, "itm_logits": matched[0]},
         **{"sim_i2t": sims[0], "sim_t2i": sims[1]},
         **{"sim_i2t_m": image_targets[0][1], "sim_t2i_m": text_targets[0][1]},
         **{"sim_i2t_targets": image_targets[1], "sim_t2i_targets": text_targets[1]},
-        "neg_weights": torch.cat([result for _, result in own["negative_weights"]]),
-        "neg_index": torch.cat([result[0] for _, result in own["draw"]]),
+        "neg_weights": torch.cat([result for _, result in calls["negative_weights"]]),
+        "neg_index": torch.cat([result[0] for _, result in calls["draw"]]),
     }
 
 
