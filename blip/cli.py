@@ -2,6 +2,8 @@
 
     blip data index SHARDS...                   the index of tar shards, with every picture decoded once
     blip data build IMAGES CAPTIONS OUT         shards from a folder or zip of pictures and a file of captions
+    blip data build --layout NAME PATHS... OUT  shards of a published data set (--help names the layouts)
+    blip data answers SHARDS... --out FILE      the answers that VQA ranks, from shards of questions
     blip data vocabulary SHARDS... --out FILE   a WordPiece vocabulary learned from the captions of shards
     blip data check SHARDS...                   what is in shards, and whether it suffices for given ranks and workers
     blip convert IN OUT --to LAYOUT             a checkpoint in another layout: released, transformers or ours
@@ -58,17 +60,34 @@ def _add_data(commands) -> None:
     index.set_defaults(run=index_shards)
 
     build = data.add_parser(
-        "build", help="make shards from pictures and a file of captions", description=build_shards.__doc__
+        "build",
+        help="make shards from pictures and their annotations",
+        description=build_shards.__doc__,
+        usage="blip data build [options] IMAGES CAPTIONS OUT\n"
+        "       blip data build --layout NAME [options] IMAGES... ANNOTATIONS... OUT",
+        formatter_class=_WithLayouts,
     )
-    build.add_argument("images", type=Path, metavar="IMAGES", help="a folder or a zip of pictures")
     build.add_argument(
-        "captions", type=Path, metavar="CAPTIONS", help="CSV, JSON or JSON lines with columns like image and caption"
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="a folder or zip of pictures (of published data also several, or clips), a file of captions (CSV, JSON or JSON lines "
+        "with columns like image and caption; of published data all its files), and last the folder to make",
     )
-    build.add_argument("out", type=Path, metavar="OUT", help="the folder to make")
+    build.add_argument("--layout", metavar="NAME", help="the published layout of the annotations, one of those below")
     build.add_argument("--split", help="keep only the rows of this split")
     build.add_argument("--split-column", default="split", help="column that names the split (default: %(default)s)")
     build.add_argument("--shard-size", type=int, default=1000, help="pictures a shard (default: %(default)s)")
     build.set_defaults(run=build_shards)
+
+    answers = data.add_parser("answers", help="list the answers that VQA ranks", description=list_answers.__doc__)
+    answers.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns")
+    answers.add_argument("--out", type=Path, required=True, help="the answer_list.json to write")
+    answers.add_argument(
+        "--min-count", type=int, default=9, help="questions that an answer settles at least (default: %(default)s)"
+    )
+    answers.set_defaults(run=list_answers)
 
     vocabulary = data.add_parser(
         "vocabulary", help="learn a vocabulary from captions", description=learn_vocabulary.__doc__
@@ -102,27 +121,57 @@ def index_shards(options: argparse.Namespace) -> int:
     return 0
 
 
+class _WithLayouts(argparse.HelpFormatter):
+    """Help that ends with the published layouts, which are looked up only when it is asked for."""
+
+    def format_help(self) -> str:
+        from blip.datamodules.layouts.published import table
+
+        return f"{super().format_help()}\nlayouts and the files they take:\n{table()}\n"
+
+
 def build_shards(options: argparse.Namespace) -> int:
-    """Packs pictures, their bytes untouched, with their captions into WebDataset shards; says what is left out and why."""
-    from blip.datamodules.layouts.folder import build
+    """Packs pictures, their bytes untouched, with what is said of them into WebDataset shards; says what is left out and why."""
+    from blip.datamodules.layouts import folder, published
     from blip.datamodules.layouts.packing import LEFT_OUT
 
-    built = build(
-        options.images,
-        options.captions,
-        options.out,
-        split=options.split,
-        split_column=options.split_column,
-        shard_size=options.shard_size,
-        progress=_pictures_done,
-    )
+    *paths, out = options.paths
+    rest = {"split": options.split, "shard_size": options.shard_size, "progress": _pictures_done}
+    if options.layout is not None:
+        built = published.build(options.layout, paths, out, **rest)
+    elif len(paths) == 2:
+        built = folder.build(paths[0], paths[1], out, split_column=options.split_column, **rest)
+    else:
+        raise ValueError(f"IMAGES CAPTIONS OUT are three paths, not {len(paths) + 1}; more need --layout NAME")
+    rows = ", ".join(_count(number, kind.removesuffix("s")) for kind, number in built.rows.items())
     print(
-        f"{options.out}: {_count(built.pictures, 'picture')} ({built.bytes / 1e6:.1f} MB), {_count(built.captions, 'caption')}, "
-        f"{_count(built.shards, 'shard')}"
+        f"{out}: {_count(built.pictures, built.thing)} ({built.bytes / 1e6:.1f} MB), {rows}, {_count(built.shards, 'shard')}"
     )
     _show_left_out({reason: len(names) for reason, names in built.reasons.items()}, built.reasons)
     if built.left_out:
-        print(f"all of them: {options.out / LEFT_OUT}")
+        print(f"all of them: {out / LEFT_OUT}")
+    return 0
+
+
+def list_answers(options: argparse.Namespace) -> int:
+    """Writes the most frequent answers of shards of questions as a plain JSON list, the most frequent first."""
+    import json
+
+    from blip.datamodules.answers import frequent_answers
+
+    found = frequent_answers(options.shards, options.min_count, progress=_shards_done)
+    if not found:
+        raise ValueError(f"--min-count {options.min_count}: no answer settles so many questions")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.out.with_name(f"{options.out.name}.partial")
+    partial.write_text(
+        json.dumps([answer for answer, _ in found], ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
+    )
+    partial.replace(options.out)
+    print(
+        f"{options.out}: {_count(len(found), 'answer')} that settle {_count(options.min_count, 'question')} or more; "
+        f"first {', '.join(f'{answer} ({count})' for answer, count in found[:NAMED])}"
+    )
     return 0
 
 
@@ -227,7 +276,10 @@ def _progress(unit: str) -> Callable[..., None]:
     def show(done: int, of: int, name: str = "") -> None:
         if sys.stderr.isatty():
             print(
-                f"\r{done}/{of} {unit} {name}\033[K", end="" if done < of else "\r\033[K", file=sys.stderr, flush=True
+                f"\r{done}/{of or '?'} {unit} {name}\033[K",
+                end="" if done != of else "\r\033[K",
+                file=sys.stderr,
+                flush=True,
             )
 
     return show

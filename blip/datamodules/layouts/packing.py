@@ -50,8 +50,12 @@ class LeftOut(NamedTuple):
 
 @dataclass
 class Built:
-    """What was written; `rows` counts captions, questions, statements and rounds, `left_out` has (reason, name) as met."""
+    """What was written; `rows` counts captions, questions, statements and rounds, `left_out` has (reason, name) as met.
 
+    pictures: how many pictures or clips, bytes: theirs, thing: which of the two
+    """
+
+    thing: str = "picture"
     shards: int = 0
     pictures: int = 0
     bytes: int = 0
@@ -95,13 +99,15 @@ def pack(
     check_out(out, shard_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    built = Built()
+    built = Built("clip" if clips else "picture")
     try:
         samples = _samples(entries, media, clips, built, progress)
         while (first := next(samples, None)) is not None:
             shard = itertools.chain([first], itertools.islice(samples, shard_size - 1))
             write_tar(folder / f"{built.shards:05d}.tar", shard)
             built.shards += 1
+        if progress is not None:
+            progress(built.pictures, built.pictures)
         if not built.pictures:
             raise ValueError(_nothing(media, built))
         if built.left_out:
