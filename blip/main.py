@@ -43,7 +43,7 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 MODES = ("fit", "validate", "test", "predict")
 # What a run that is continued may change; with data.allow_other_data=true its data, too.
 MAY_CHANGE = (
-    *("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start"),
+    *("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start", "expected"),
     *("data.num_workers", "data.prefetch", "data.allow_other_data"),
 )
 

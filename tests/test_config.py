@@ -31,7 +31,7 @@ def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", list(overrides))
     cfg.name = "test"
-    cfg.paths = {"root": "/nowhere", "data": "/nowhere/data", "runs": "/nowhere/runs", "run": "/nowhere/run"}
+    cfg.paths = {name: f"/nowhere/{name}" for name in ("root", "data", "weights", "runs", "run")}
     return self_contained(cfg)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ class Metrics(L.Callback):
     """Writes `folder`/metrics.json after training, validation and test, and prints what the test measured.
 
     What validation measured goes into the checkpoint, so a run that was interrupted ends with the file of one that was not.
-    Callbacks with a method `run_metrics` add theirs. A value that is not finite becomes null.
+    Callbacks with a method `run_metrics` add theirs. A value that is not finite becomes null. `expected`: what a published
+    result says of some of them; they are printed and kept (comparison.json) beside what was measured.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, expected: Mapping[str, float | None] | None = None) -> None:
         self.path = Path(folder) / "metrics.json"
+        self.expected = {name: value for name, value in (expected or {}).items() if value is not None}
         self.values: dict[str, float] = {}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -46,16 +49,25 @@ class Metrics(L.Callback):
         before = json.loads(self.path.read_text()) if self.path.exists() else {}
         now = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
         values = dict(sorted((before | now).items()))
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(partial, self.path)
+        replace(self.path, values)
+        if self.expected:
+            beside = {name: {"measured": values.get(name), "expected": value} for name, value in self.expected.items()}
+            replace(self.path.with_name("comparison.json"), beside)
         width = max(map(len, values), default=0)
         for name, value in values.items():
             if name.startswith(shown) and value is not None:
-                print(f"  {name:{width}}  {value:8.2f}")
+                told = f"  expected {self.expected[name]:8.2f}" if name in self.expected else ""
+                print(f"  {name:{width}}  {value:8.2f}{told}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": {name: value for name, value in self.values.items() if name.startswith("val/")}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.values = dict(state_dict["values"])
+
+
+def replace(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, path)

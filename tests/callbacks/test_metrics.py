@@ -20,6 +20,17 @@ def test_what_was_measured_before_stays_and_what_is_not_finite_becomes_null(tmp_
     assert capsys.readouterr().out.split() == ["test/a/b", "3.00"]
 
 
+def test_a_published_result_stands_beside_the_measured_one(tmp_path: Path, capsys: Any) -> None:
+    trainer: Any = SimpleNamespace(callback_metrics={"test/a/b": 3.0}, is_global_zero=True, fast_dev_run=False)
+    expected = {"test/a/b": 4.0, "test/a/c": 5.0, "test/a/d": None}
+    Metrics(str(tmp_path), expected).on_test_end(trainer, None)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "comparison.json").read_text()) == {
+        "test/a/b": {"measured": 3.0, "expected": 4.0},
+        "test/a/c": {"measured": None, "expected": 5.0},
+    }
+    assert capsys.readouterr().out.split() == ["test/a/b", "3.00", "expected", "4.00"]
+
+
 def test_only_what_validation_measured_goes_into_the_checkpoint() -> None:
     metrics = Metrics("folder")
     metrics.values = {"train/loss": 1.0, "val/a/b": 2.0, "run/mfu": 0.5}
