@@ -1,49 +1,82 @@
-"""What a model's captions are worth: writes one for each picture and hands them to the scores."""
+"""What a model's captions are worth: writes them for each picture and hands the first to the scores."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from blip.evaluators.collect import from_all_ranks
-from blip.modules.blip import BLIP
-from blip.modules.generation import greedy
+from blip.modules.generation import Decoding, generate, noise
 from blip.text import Tokenizer
 
 Score = Callable[[list[list[str]], list[str]], dict[str, float]]
 
 
+@dataclass(frozen=True)
+class Caption:
+    """A text without its prompt; log_prob is the mean over its tokens, [SEP] included, as the model has them unchanged."""
+
+    text: str
+    log_prob: float
+    tokens: list[str]
+    log_probs: list[float]
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in predictions.jsonl."""
+        return {"caption": self.text, "log_prob": self.log_prob, "tokens": self.tokens, "log_probs": self.log_probs}
+
+
 class CaptionEvaluator:
     """Captions of held-out pictures; `scores` are functions (references, captions) -> {name: number}.
 
-    prompt: words that every caption begins with (not part of it); max_length counts [DEC] and the prompt.
+    prompt: words that every caption begins with (not part of it). seed: of sampling; what is drawn for a picture depends on
+    it and on the picture's key alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer, scores: Sequence[Score], max_length: int, prompt: str = "") -> None:
-        self.tokenizer, self.scores, self.max_length = tokenizer, list(scores), max_length
-        self.prompt = tokenizer.encode([prompt], max_length)[0][1:-1] if prompt else []
+    def __init__(
+        self, tokenizer: Tokenizer, scores: Sequence[Score], prompt: str, decoding: Decoding, seed: int
+    ) -> None:
+        self.tokenizer, self.scores, self.decoding, self.seed = tokenizer, list(scores), decoding, seed
+        self.prompt = [tokenizer.dec_id, *tokenizer.encode([prompt], decoding.max_length)[0][1:-1]]
         self.reset()
 
     def reset(self) -> None:
-        self.captions: list[str] = []
+        self.captions: list[Caption] = []
         self.references: list[list[str]] = []
 
     @torch.no_grad()
-    def update(self, model: BLIP, batch: Any) -> None:
+    def update(self, model: Any, batch: Any) -> None:
         if self.scores:
-            self.captions += self.write(model, batch.image)
+            self.captions += [captions[0] for captions in self.write(model, batch)]
             self.references += batch.references
 
-    def write(self, model: BLIP, image: torch.Tensor) -> list[str]:
-        """Captions of normalised images [B, 3, S, S], without the prompt."""
-        states = model.visual_encoder(image)
-        ids = greedy(model, states, self.prompt, self.max_length, self.tokenizer.sep_id, self.tokenizer.pad_id)
-        return [self.tokenizer.decode(row[1 + len(self.prompt) :]) for row in ids.tolist()]
+    @torch.no_grad()
+    def write(self, model: Any, batch: Any) -> list[list[Caption]]:
+        """`decoding.samples` captions for each normalised picture of the batch."""
+        how, tokenizer = self.decoding, self.tokenizer
+        cross = model.med.look(model.visual_encoder(batch.image), decoder=True)
+        uniform = None
+        if how.strategy == "nucleus":
+            seeds = [zlib.crc32(f"{self.seed} {key}".encode()) for key in batch.keys]
+            uniform = noise(seeds, how.samples, how.max_length - len(self.prompt))
+        texts = generate(model.med, cross, self.prompt, how, tokenizer.sep_id, tokenizer.pad_id, uniform)
+        rows = zip(texts.ids.tolist(), texts.log_probs.tolist(), texts.written.tolist(), strict=True)
+        said = [self._caption(ids[len(self.prompt) :][:count], told[:count]) for ids, told, count in rows]
+        return [said[i : i + how.samples] for i in range(0, len(said), how.samples)]
 
-    def compute(self, model: BLIP) -> dict[str, float]:
+    def _caption(self, ids: list[int], log_probs: list[float]) -> Caption:
+        tokens = [self.tokenizer.decode([i], keep_special=True) for i in ids]
+        return Caption(self.tokenizer.decode(ids), sum(log_probs) / len(log_probs), tokens, log_probs)
+
+    def compute(self, model: Any) -> dict[str, float]:
+        """What the scores make of all captions, and `log_prob`, the mean of the captions' own."""
         references, captions = from_all_ranks(self.references), from_all_ranks(self.captions)
         if not captions:
             return {}
-        return {name: number for score in self.scores for name, number in score(references, captions).items()}
+        texts = [caption.text for caption in captions]
+        numbers = {name: number for score in self.scores for name, number in score(references, texts).items()}
+        return {**numbers, "log_prob": sum(caption.log_prob for caption in captions) / len(captions)}

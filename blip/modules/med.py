@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -26,7 +26,10 @@ SHARES = ("all", "all_but_sa", "all_but_ca", "none")
 
 @dataclass(frozen=True)
 class MEDConfig:
-    """Sizes of the text transformer; `look_width` is the width of the states that its cross-attention looks at."""
+    """Sizes of the text transformer; `look_width` is the width of the states that its cross-attention looks at.
+
+    decoder_look_width: where the decoder looks at something of another width (VQA: at the states of the question).
+    """
 
     vocab_size: int
     width: int
@@ -41,6 +44,7 @@ class MEDConfig:
     init_std: float = 0.02
     norm_eps: float = 1e-12
     checkpoint_blocks: int = 0
+    decoder_look_width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ class Cache:
         self.value[:, :, self.filled : end] = value
         self.filled = end
         return self.key[:, :, :end], self.value[:, :, :end]
+
+    def select(self, rows: Tensor) -> Cache:
+        """A cache of the same room with the given rows [K] of this one."""
+        selected = Cache(len(rows), *self.key.shape[1:], like=self.key)
+        selected.append(*(x[:, :, : self.filled].index_select(0, rows) for x in (self.key, self.value)))
+        return selected
 
 
 class Embeddings(nn.Module):
@@ -111,8 +121,8 @@ class SelfAttention(nn.Module):
         return self.norm(x + self.dropout(self.out(layout.pack(looked))))
 
 
-class CrossAttention(nn.Module):
-    """Tokens of texts look at a picture (or at whatever was projected by `look`); residual and norm included."""
+class Look(nn.Module):
+    """Queries of texts against keys and values of what they look at: neither residual nor norm."""
 
     def __init__(self, config: MEDConfig) -> None:
         super().__init__()
@@ -120,8 +130,6 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(config.width, config.width)
         self.key_value = nn.Linear(config.look_width, 2 * config.width)
         self.out = nn.Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
 
     def look(self, states: Tensor, mask: Tensor | None = None) -> CrossKV:
         """States [B, N, look_width] (mask [B, N]: True where real) to keys and values."""
@@ -137,7 +145,19 @@ class CrossAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         looked = attend(query.transpose(1, 2), cross.key, cross.value, cross.mask, dropout=dropout)
         looked = looked.transpose(1, 2).reshape(layout.rows, layout.longest, -1)  # [R, L, D]
-        return self.norm(x + self.dropout(self.out(layout.pack(looked))))
+        return self.out(layout.pack(looked))
+
+
+class CrossAttention(Look):
+    """Tokens of texts look at a picture (or at whatever was projected by `look`); residual and norm included."""
+
+    def __init__(self, config: MEDConfig) -> None:
+        super().__init__(config)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layout: TextLayout, cross: CrossKV) -> Tensor:
+        return self.norm(x + self.dropout(super().forward(x, layout, cross)))
 
 
 class FeedForward(nn.Module):
@@ -207,19 +227,23 @@ class MED(nn.Module):
             self.decoder = nn.ModuleList(self._sibling(block, config) if apart else block for block in blocks)
             self.decoder_embeddings = Embeddings(config) if encoder and config.share == "none" else self.embeddings
             self.lm_head = LMHead(config, self.decoder_embeddings.word)
-        self.apply(self._init)
+        self.apply(self.initialise)
 
     @staticmethod
     def _sibling(block: Block, config: MEDConfig) -> Block:
         """A decoder's block that shares with the encoder's what `share` says."""
         own = {"all_but_sa": {"sa"}, "all_but_ca": {"ca"}, "none": {"sa", "ca", "ff"}}[config.share]
+        if config.decoder_look_width is not None:
+            if "ca" not in own and config.decoder_look_width != config.look_width:
+                raise ValueError(f"share={config.share!r} is one cross-attention, which looks at states of one width")
+            config = replace(config, look_width=config.decoder_look_width)
         return Block(
             SelfAttention(config) if "sa" in own else block.self_attention,
             CrossAttention(config) if "ca" in own else block.cross_attention,
             FeedForward(config) if "ff" in own else block.feed_forward,
         )
 
-    def _init(self, module: nn.Module) -> None:
+    def initialise(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.init_std)
         if isinstance(module, nn.Linear):

@@ -73,7 +73,9 @@ class Task(L.LightningModule):
         super().__init__()
         self.tokenizer_json = tokenizer
         self.tokenizer = Tokenizer.from_json(tokenizer)
-        self.model: Any = self.make_model(blip_config(model, len(self.tokenizer), self.tokenizer.dec_id, self.tokenizer.enc_id))
+        self.model: Any = self.make_model(
+            blip_config(model, len(self.tokenizer), self.tokenizer.dec_id, self.tokenizer.enc_id)
+        )
         self.optimizer, self.schedule, self.rules = optimizer, schedule, rules
         self.evaluators = {name: make(self.tokenizer) for name, make in evaluators.items() if make is not None}
         self.compile_with = compile
@@ -191,9 +193,15 @@ class Task(L.LightningModule):
     # what the model says -------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """A row for each picture: its key, the caption written for it, its true texts."""
-        rows = zip(batch.keys, self._captions(batch.image), batch.references, strict=True)
-        return [{"key": key, "caption": caption, "references": references} for key, caption, references in rows]
+        """A row for each picture: its key, what is written for it with log-probabilities, its true texts.
+
+        Where several captions are written, the others stand in a list `more`.
+        """
+        rows = []
+        for key, captions, references in zip(batch.keys, self._captions(batch), batch.references, strict=True):
+            first, *more = (caption.row() for caption in captions)
+            rows.append({"key": key, **first, **({"more": more} if more else {}), "references": references})
+        return rows
 
     @torch.no_grad()
     def gallery(self, batch: Any) -> list[dict[str, Any]]:
@@ -203,16 +211,22 @@ class Task(L.LightningModule):
         best, worst = similarity.argmax(1).tolist(), similarity.argmin(1).tolist()
         pictures = denormalize(batch.image).permute(0, 2, 3, 1).cpu().numpy()
         return [
-            {"image": picture, "true": true[0], "generated": said, "best": batch.texts[b], "worst": batch.texts[w]}
+            {
+                "image": picture,
+                "true": true[0],
+                "generated": said[0].text,
+                "best": batch.texts[b],
+                "worst": batch.texts[w],
+            }
             for picture, true, said, b, w in zip(
-                pictures, batch.references, self._captions(batch.image), best, worst, strict=True
+                pictures, batch.references, self._captions(batch), best, worst, strict=True
             )
         ]
 
-    def _captions(self, image: torch.Tensor) -> list[str]:
+    def _captions(self, batch: Any) -> list[Any]:
         if "caption" not in self.evaluators:
             raise ValueError("captions are written as task.evaluators.caption says, and there is no such evaluator")
-        return self.evaluators["caption"].write(self.model, image)
+        return self.evaluators["caption"].write(self.model, batch)
 
     # weights ------------------------------------------------------------------------------------------------------
 
