@@ -165,8 +165,10 @@ def _text(entry: Entry, built: Built) -> tuple[str, bytes, Counter[str]]:
         suffix, rows, record = "json", Counter[str](), dict(record)
         for kind in TEXTS.keys() & record.keys():
             given = record[kind]
-            if kind != "rounds":  # those are one story, and the answer may stand without its question
-                record[kind] = [row for row in given if says(row if kind == "captions" else row[TEXTS[kind]])]
+            if kind == "captions":
+                record[kind] = [caption.strip() for caption in given if says(caption)]
+            elif kind != "rounds":  # those are one story, and an answer may stand without its question
+                record[kind] = [row for row in given if says(row[TEXTS[kind]])]
             built.left_out += [LeftOut(f"{TEXTS[kind]} is empty", name)] * (len(given) - len(record[kind]))
             if given and not record[kind]:
                 raise _LeaveOutError("nothing is said of it", name)
