@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from blip.datamodules.batches import RecordBatch, Sample, Words, common
 from blip.datamodules.plan import permutation
+from blip.datamodules.records import ROUNDS
+from blip.datamodules.stream import StreamDataModule
 from blip.layout import TextLayout
 from blip.text import Tokenizer, clean_caption, clean_question
 
@@ -95,3 +98,24 @@ def _asked(question: str, words: Words) -> str:
 
 def _plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [ids[1:-1] for ids in tokenizer.encode(texts, sys.maxsize)]
+
+
+class DialoguesDataModule(StreamDataModule):
+    """Rounds of dialogues, each with its picture, in training and in evaluation.
+
+    candidates: answers of a round that training compares; evaluation compares all; all else is `StreamDataModule`'s
+    """
+
+    kind = ROUNDS
+
+    def __init__(self, *, candidates: int, **stream: Any) -> None:
+        super().__init__(**stream)
+        if candidates < 2:
+            raise ValueError(f"candidates={candidates}: at least the true answer and another")
+        self.candidates = candidates
+
+    def collator(self, training: bool) -> Callable[[Sequence[Sample]], RoundBatch]:
+        return partial(collate, words=self.words, candidates=self.candidates if training else None, seed=self.seed)
+
+    def shown(self, spec: Mapping[str, Any]) -> str:
+        return "each"

@@ -1,19 +1,21 @@
 """What is in a set of tar shards: made once, checked strictly, fingerprinted.
 
 Shards stay where they are and as they are (WebDataset's layout as img2dataset writes it: `KEY.jpg|jpeg|png|webp` with `KEY.txt`
-and/or `KEY.json`). The index is one file beside them, or in the cache where they are read-only, and is opened by `memmap`:
+and/or `KEY.json`; `records.py` says what else a record can be). An index enumerates the entries of one kind of records. It is one
+file beside the shards, or in the cache where they are read-only, and is opened by `memmap`:
 
-    pictures     [P]    where image and text lie in their shard (25 bytes each)
-    shard_starts [S+1]  running sum of pictures, one a shard
-    text_starts  [P+1]  running sum of texts, one a picture: row r of the data is (picture, text number)
+    pictures     [P]    where a record's picture (pictures, clip) and text lie in their shard (25 bytes each, 12 more for two)
+    shard_starts [S+1]  running sum of records, one a shard
+    text_starts  [P+1]  running sum of entries, one a record: row r of the data is (record, entry number)
     keys                the keys as one blob with offsets
     names, sizes, times, digests [S]   of the shards, names relative to the folder that holds them all
 
-A shard that is damaged stops the making (`BrokenShardsError` names every one); a pair that lacks a member, has no text or does not
-decode gets no row and is counted by reason in `Index.report`. Only pictures and texts are ever read: no member is unpickled.
+A shard that is damaged stops the making (`BrokenShardsError` names every one); a record that lacks a member, has no text or does
+not decode, and an entry that is not as it should be, gets no row and is counted by reason in `Index.report`. Only pictures, clips
+and texts are ever read: no member is unpickled.
 
-    build_index(shards, out=None, verify=True, progress=None, workers=0) -> Index      make and write
-    open_index(shards, index=None) -> Index                                            open; made first where missing and local
+    build_index(shards, out=None, verify=True, progress=None, workers=0, records="pairs") -> Index      make and write
+    open_index(shards, index=None, records="pairs") -> Index                    open; made first where missing and local
 """
 
 from __future__ import annotations
@@ -34,12 +36,10 @@ import numpy as np
 from filelock import FileLock
 
 from blip.datamodules.locations import cache_folder, common_root, expand, is_url, shown
+from blip.datamodules.records import PAIRS, Kind, kind_of
 from blip.datamodules.remote import Shard, digest_of, fetch_file
 from blip.datamodules.scan import Scan, scan
 
-PICTURE = np.dtype(
-    [("image_at", "<u8"), ("image_size", "<u4"), ("text_at", "<u8"), ("text_size", "<u4"), ("json", "u1")]
-)
 MAGIC = b"BLIP index 1\n"
 NAMED = 100  # names kept for each reason of leaving out
 
@@ -68,8 +68,12 @@ class Spread:
 
 @dataclass
 class Report:
-    """What the making of an index found. `skipped`: reason -> count; `skipped_names`: reason -> the first "shard: key"."""
+    """What the making of an index found.
 
+    records: their kind; texts: entries, which are the rows; skipped: reason -> count; skipped_names: reason -> first "shard: key"
+    """
+
+    records: str = PAIRS.name
     shards: int = 0
     pictures: int = 0
     texts: int = 0
@@ -97,6 +101,7 @@ class Index:
         head, arrays = _read(path)
         self.fingerprint: str = head["fingerprint"]
         self.report = Report.from_dict(head["report"])
+        self.kind: Kind = kind_of(self.report.records)
         self.pictures: np.ndarray = arrays["pictures"]
         self.shard_starts: np.ndarray = arrays["shard_starts"]
         self.text_starts: np.ndarray = arrays["text_starts"]
@@ -120,8 +125,15 @@ class Index:
         return Index, (self.path, [os.fsdecode(s) for s in self.locations])  # opened anew, not copied
 
     def __len__(self) -> int:
-        """Number of rows: pairs of one picture and one of its texts."""
+        """Number of rows: pairs of one record and one of its entries."""
         return int(self.text_starts[-1])
+
+    def places(self, picture: int) -> tuple[int, list[tuple[int, int]], bool]:
+        """(number of the shard, places of the pictures and last of the text, (offset, length) each, whether that is JSON)."""
+        row = self.pictures[picture]
+        at, size = np.atleast_1d(row["image_at"]).tolist(), np.atleast_1d(row["image_size"]).tolist()
+        text = (int(row["text_at"]), int(row["text_size"]))
+        return int(self.shard_of(picture)), [*zip(at, size, strict=True), text], bool(row["json"])
 
     def shard(self, shard: int) -> Shard:
         return Shard(self.location(shard), int(self.sizes[shard]), self.digests[shard].decode())
@@ -178,9 +190,16 @@ def _again(path: Path) -> str:
 # Making
 
 
-def index_name(names: Sequence[str]) -> str:
+def picture_type(kind: Kind) -> np.dtype:
+    """A row of `Index.pictures`: of several pictures, places are [n]."""
+    n = () if kind.pictures == 1 else (kind.pictures,)
+    image = [("image_at", "<u8", n), ("image_size", "<u4", n)]
+    return np.dtype([*image, ("text_at", "<u8"), ("text_size", "<u4"), ("json", "u1")])
+
+
+def index_name(names: Sequence[str], records: str = PAIRS.name) -> str:
     """File name of the index of shards of these names (relative to the folder that holds them)."""
-    return f"pairs-{hashlib.blake2b(chr(10).join(names).encode(), digest_size=6).hexdigest()}.index"
+    return f"{records}-{hashlib.blake2b(chr(10).join(names).encode(), digest_size=6).hexdigest()}.index"
 
 
 def build_index(
@@ -189,29 +208,31 @@ def build_index(
     verify: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
     workers: int = 0,
+    records: str = PAIRS.name,
 ) -> Index:
     """Makes the index of these shards (paths, patterns or URLs), writes it and opens it.
 
     `out` None: beside local shards, in the cache where their folder is read-only. `verify` decodes every picture once
     and leaves out those that fail. `progress(done, of, name)` is called after each shard; `workers` processes share the
-    shards. Raises BrokenShardsError when shards are damaged, ValueError when no pair is found.
+    shards; `records` is the kind of them (`records.KINDS`). Raises BrokenShardsError when shards are damaged, ValueError when
+    none has such a record.
     """
-    locations = expand(shards)
+    kind, locations = kind_of(records), expand(shards)
     root, names = common_root(locations)
-    target = Path(out) if out is not None else _places(root, names)[0]
+    target = Path(out) if out is not None else _places(root, names, records)[0]
     scans: list[Scan] = []
-    for done, found in enumerate(_scans(locations, verify, workers), start=1):
+    for done, found in enumerate(_scans(locations, verify, workers, records), start=1):
         scans.append(found)
         if progress is not None:
             progress(done, len(locations), names[done - 1])
     if broken := {locations[i]: s.broken for i, s in enumerate(scans) if s.broken}:
         raise BrokenShardsError(broken)
-    report = _report(scans, names, verify)
+    report = _report(scans, names, verify, records)
     if not report.pictures:
-        raise ValueError(f"{root}: no pair in {len(names)} shard(s); left out: {report.skipped or 'nothing'}")
+        raise ValueError(f"{root}: no {kind.one} in {len(names)} shard(s); left out: {report.skipped or 'nothing'}")
     key_blobs = [os.fsencode(key) for s in scans for key in s.keys]
     arrays = {
-        "pictures": np.array([p for s in scans for p in s.pictures], dtype=PICTURE),
+        "pictures": np.array([p for s in scans for p in s.pictures], dtype=picture_type(kind)),
         "shard_starts": _running_sum([len(s.pictures) for s in scans]),
         "text_starts": _running_sum([n for s in scans for n in s.texts]),
         "keys": np.frombuffer(b"".join(key_blobs), dtype=np.uint8),
@@ -225,20 +246,20 @@ def build_index(
     return Index(target, locations)
 
 
-def _scans(locations: list[str], verify: bool, workers: int) -> Iterator[Scan]:
-    options = [verify] * len(locations)
+def _scans(locations: list[str], verify: bool, workers: int, records: str) -> Iterator[Scan]:
+    options = [verify] * len(locations), [records] * len(locations)
     if not workers:
-        yield from map(scan, locations, options)
+        yield from map(scan, locations, *options)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
-        yield from pool.map(scan, locations, options)
+        yield from pool.map(scan, locations, *options)
 
 
 def _running_sum(counts: list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype="<i8")]).astype("<i8")
 
 
-def _report(scans: list[Scan], names: list[str], verified: bool) -> Report:
+def _report(scans: list[Scan], names: list[str], verified: bool, records: str) -> Report:
     skipped = [
         (reason, f"{name}: {key}") for name, found in zip(names, scans, strict=True) for reason, key in found.skipped
     ]
@@ -250,6 +271,7 @@ def _report(scans: list[Scan], names: list[str], verified: bool) -> Report:
         return Spread.of(np.array([v for s in scans for v in getattr(s, values)]))
 
     return Report(
+        records=records,
         shards=len(names),
         pictures=sum(len(s.pictures) for s in scans),
         texts=sum(sum(s.texts) for s in scans),
@@ -259,7 +281,7 @@ def _report(scans: list[Scan], names: list[str], verified: bool) -> Report:
         skipped_names={reason: found[:NAMED] for reason, found in named.items()},
         width=spread("widths"),
         height=spread("heights"),
-        image_bytes=Spread.of(np.array([p[1] for s in scans for p in s.pictures])),
+        image_bytes=spread("image_bytes"),
         caption_words=spread("words"),
         notes=[note for s in scans for note in s.notes],
     )
@@ -268,9 +290,11 @@ def _report(scans: list[Scan], names: list[str], verified: bool) -> Report:
 # The file: magic, length of the header, header (JSON), arrays at multiples of 64
 
 
-def _fingerprint(arrays: dict[str, np.ndarray]) -> str:
+def _fingerprint(arrays: dict[str, np.ndarray], records: str) -> str:
     """Digest of what the shards hold and of which rows it gives; neither places nor times are in it."""
     digest = hashlib.blake2b(MAGIC, digest_size=16)
+    if records != PAIRS.name:  # which are what an index was of before it could be of anything else
+        digest.update(records.encode())
     for name in ("names", "digests", "shard_starts", "text_starts", "pictures", "key_starts", "keys"):
         digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
     return digest.hexdigest()
@@ -283,7 +307,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], report: Report) -> None:
         table[name] = [at, np.lib.format.dtype_to_descr(array.dtype), len(array)]
         at += -(-array.nbytes // 64) * 64
     head = json.dumps(
-        {"fingerprint": _fingerprint(arrays), "report": asdict(report), "arrays": table, "bytes": at},
+        {"fingerprint": _fingerprint(arrays, report.records), "report": asdict(report), "arrays": table, "bytes": at},
         ensure_ascii=False,
     ).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,7 +338,10 @@ def _read(path: Path, mode: Literal["r", "r+"] = "r") -> tuple[dict, dict[str, n
     whole = np.asarray(np.memmap(path, mode=mode))  # a plain view of the mapping: its elements are sooner had
 
     def array(at: int, descr, length: int) -> np.ndarray:
-        dtype = np.lib.format.descr_to_dtype([tuple(d) for d in descr] if isinstance(descr, list) else descr)
+        fields = (
+            [(name, kind, *map(tuple, shape)) for name, kind, *shape in descr] if isinstance(descr, list) else descr
+        )
+        dtype = np.lib.format.descr_to_dtype(fields)
         return whole[start + at : start + at + length * dtype.itemsize].view(dtype)
 
     return head, {name: array(*entry) for name, entry in head["arrays"].items()}
@@ -330,16 +357,17 @@ def _note_time(path: Path, shard: int, time: int) -> None:
 # Finding it, or making it where it is missing
 
 
-def _places(root: str, names: Sequence[str], url: str = "") -> list[Path]:
+def _places(root: str, names: Sequence[str], records: str, url: str = "") -> list[Path]:
     """Where the index may be, best first: of local shards beside them if that can be written, else in the cache."""
     tag = hashlib.blake2b(f"{root} {url}".encode(), digest_size=6).hexdigest()
-    cached = cache_folder() / "indexes" / f"{tag}-{index_name(names)}"
+    cached = cache_folder() / "indexes" / f"{tag}-{index_name(names, records)}"
     if is_url(root):
         return [cached]
     folder = Path(root)
     # the mode is asked too, since os.access tells the superuser that everything can be written
     writable = os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222
-    return [folder / index_name(names), cached] if writable else [cached, folder / index_name(names)]
+    beside = folder / index_name(names, records)
+    return [beside, cached] if writable else [cached, beside]
 
 
 def open_index(
@@ -347,8 +375,9 @@ def open_index(
     index: Path | str | None = None,
     verify: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
+    records: str = PAIRS.name,
 ) -> Index:
-    """Opens the index of these shards; of local ones it is made first where it is missing, under a lock.
+    """Opens the index of these records in these shards; of local ones it is made first where it is missing, under a lock.
 
     `index` is a file (or the URL of one) made with `build_index`, for shards that lie elsewhere; without it the index of
     URLs is looked for beside them under `index_name`. Raises ValueError when shards changed since, or none is found.
@@ -356,25 +385,33 @@ def open_index(
     locations = expand(shards)
     root, names = common_root(locations)
     if index is not None and not is_url(str(index)):
-        opened = Index(Path(index), locations)
+        opened = _of_kind(Index(Path(index), locations), records)
         for shard, size in enumerate(opened.sizes.tolist()):
             if not is_url(root) and os.stat(locations[shard]).st_size != size:
                 raise ValueError(f"{locations[shard]}: not the {size} bytes that {index} was made of")
         return opened
-    places = _places(root, names, str(index or ""))
+    places = _places(root, names, kind_of(records).name, str(index or ""))
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         places[0].parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{places[0]}.lock"):
             if not places[0].is_file():
                 if is_url(root):
-                    _fetch(str(index or f"{root}/{index_name(names)}"), places[0])
+                    _fetch(str(index or f"{root}/{index_name(names, records)}"), places[0])
                 else:
-                    return build_index(shards, places[0], verify, progress)
+                    return build_index(shards, places[0], verify, progress, 0, records)
         found = places[0]
-    opened = Index(found, locations)
+    opened = _of_kind(Index(found, locations), records)
     opened.check_files()
     return opened
+
+
+def _of_kind(index: Index, records: str) -> Index:
+    if index.kind.name != records:
+        raise ValueError(
+            f"{index.path}: an index of {index.kind.name}, not of {records}; make one with `blip data index`"
+        )
+    return index
 
 
 def _fetch(url: str, path: Path) -> None:

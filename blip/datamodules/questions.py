@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip.datamodules.batches import RecordBatch, Sample, Words, common, rows_of
+from blip.datamodules.records import QUESTIONS
+from blip.datamodules.stream import StreamDataModule
 from blip.layout import TextLayout
 from blip.text import clean_question
 
@@ -58,3 +61,12 @@ def collate(samples: Sequence[Sample], words: Words, training: bool) -> Question
         weights=torch.tensor(shares, dtype=torch.float32),
         questions=questions,
     )
+
+
+class QuestionsDataModule(StreamDataModule):
+    """Questions about one picture; of a set with `frames`, about one clip. In evaluation all of a picture come with it."""
+
+    kind = QUESTIONS
+
+    def collator(self, training: bool) -> Callable[[Sequence[Sample]], QuestionBatch]:
+        return partial(collate, words=self.words, training=training)

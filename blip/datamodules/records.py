@@ -30,8 +30,8 @@ MAX_ANSWERS = 1000  # of one question, and options of a round
 class Kind:
     """One kind of records.
 
-    entries: the object of KEY.json -> (its rows, reasons of those left out); text: what is written of an entry, to count words
-    pictures: of one record; clips: a KEY.mp4 stands in their place
+    name: what its rows are called; row: what one is, entries: the object of KEY.json -> (its rows, reasons of those left out);
+    text: what is written of an entry, to count words; pictures: of one record; clips: a KEY.mp4 stands in their place
     """
 
     name: str
@@ -40,6 +40,15 @@ class Kind:
     text: Callable[[Any], str]
     pictures: int = 1
     clips: bool = False
+
+    @property
+    def one(self) -> str:
+        return self.name.removesuffix("s").replace("_", " ")
+
+    @property
+    def seen(self) -> str:
+        """What a record shows, in the plural."""
+        return "clips" if self.clips else "pictures" if self.pictures == 1 else "pairs of pictures"
 
 
 def entries_of(data: bytes, is_json: bool, kind: Kind) -> tuple[list[Any], list[str]]:
@@ -194,6 +203,7 @@ STATEMENTS = Kind(
 ROUNDS = Kind("rounds", "round", _rounds, lambda entry: entry["question"])
 CLIPS = Kind("clips", "caption", _captions, str, clips=True)
 CLIP_QUESTIONS = Kind("clip_questions", "question", QUESTIONS.entries, QUESTIONS.text, clips=True)
+OF_CLIPS = {PAIRS.name: CLIPS, QUESTIONS.name: CLIP_QUESTIONS}
 KINDS = {kind.name: kind for kind in (PAIRS, QUESTIONS, STATEMENTS, ROUNDS, CLIPS, CLIP_QUESTIONS)}
 
 

@@ -1,56 +1,49 @@
-"""Reading by the plan: bytes of pairs from where their shards lie, and the datasets whose keys are positions."""
+"""Reading by the plan: bytes of records from where their shards lie, and the datasets whose keys are positions."""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from blip.datamodules.batches import Sample
 from blip.datamodules.images import AugmentConfig, decode, resize_square, training_view
 from blip.datamodules.index import Index
 from blip.datamodules.locations import is_url
 from blip.datamodules.plan import Key, Plan, draw, generator
+from blip.datamodules.records import Kind, entries_of
 from blip.datamodules.remote import Remote, Shard
-from blip.datamodules.scan import texts_of
+from blip.datamodules.video import clip
 
 OPEN_FILES = 256  # descriptors kept a process
-NEAR = 65536  # an image and a text closer than this (bytes) come with one read
+NEAR = 65536  # the parts of a record closer than this (bytes) come with one read
 TEXTS_AT_ONCE = 1024
+GREY = 127  # of blank pictures
 
 
-@dataclass(frozen=True)
 class Span:
-    """Where one pair lies: a shard, and (offset, length) of the picture and of the text in it."""
+    """Where one record lies: a shard, and (offset, length) of each of its parts in it, the text last."""
 
-    shard: Shard
-    image: tuple[int, int]
-    text: tuple[int, int]
+    def __init__(self, shard: Shard, *parts: tuple[int, int]) -> None:
+        self.shard, self.parts = shard, parts
+        self.start = min(at for at, _ in parts)
+        whole = max(map(sum, parts)) - self.start
+        near = whole <= sum(length for _, length in parts) + NEAR
+        self.reads = [(self.start, whole)] if near else list(parts)  # one read where they are neighbours
 
-    @property
-    def reads(self) -> list[tuple[int, int]]:
-        """(offset, length) of the reads that bring both: one where they are neighbours."""
-        start = min(self.image[0], self.text[0])
-        end = max(sum(self.image), sum(self.text))
-        if end - start <= self.image[1] + self.text[1] + NEAR:
-            return [(start, end - start)]
-        return [self.image, self.text]
-
-    def split(self, read: Sequence[bytes]) -> tuple[bytes, bytes]:
-        """(picture, text) out of what `reads` brought."""
-        if len(read) == 2:
-            return read[0], read[1]
-        start = min(self.image[0], self.text[0])
-        image, text = self.image[0] - start, self.text[0] - start
-        return read[0][image : image + self.image[1]], read[0][text : text + self.text[1]]
+    def split(self, read: Sequence[bytes]) -> tuple[bytes, ...]:
+        """The parts out of what `reads` brought."""
+        if len(read) == len(self.parts) > 1:
+            return tuple(read)
+        return tuple(read[0][at - self.start : at - self.start + length] for at, length in self.parts)
 
 
 class Reader:
-    """Reads pairs in the order in which they lie, gives them back in the order asked; safe to fork and to pickle."""
+    """Reads records in the order in which they lie, gives them back in the order asked; safe to fork and to pickle."""
 
     def __init__(self, cache_bytes: int | None = None) -> None:
         self.remote = Remote(cache_bytes)
@@ -63,12 +56,12 @@ class Reader:
         for descriptor in self._files.values():
             os.close(descriptor)
 
-    def read(self, spans: Sequence[Span]) -> list[tuple[bytes, bytes]]:
-        """(picture, text) of each span. OSError where a shard cannot be read, ValueError where it is not the one indexed."""
-        order = sorted(range(len(spans)), key=lambda i: (spans[i].shard.location, spans[i].image))
+    def read(self, spans: Sequence[Span]) -> list[tuple[bytes, ...]]:
+        """The parts of each span. OSError where a shard cannot be read, ValueError where it is not the one indexed."""
+        order = sorted(range(len(spans)), key=lambda i: (spans[i].shard.location, spans[i].parts))
         distant = [i for i in order if is_url(spans[i].shard.location)]
         brought = dict(zip(distant, self.remote.read([(spans[i].shard, spans[i].reads) for i in distant]), strict=True))
-        found: dict[int, tuple[bytes, bytes]] = {}
+        found: dict[int, tuple[bytes, ...]] = {}
         for i in order:
             parts = brought.get(i, spans[i].shard.location)  # bytes that came, or the file that has them
             if not isinstance(parts, list):
@@ -91,70 +84,65 @@ class Reader:
 
 
 def texts_in(index: Index) -> Iterator[str]:
-    """Every text of an index in the order of its rows; the pictures are not read."""
+    """What is written in every entry of an index in the order of its rows; the pictures are not read."""
     reader = Reader()
     for start in range(0, len(index.pictures), TEXTS_AT_ONCE):
-        rows = index.pictures[start : start + TEXTS_AT_ONCE]
-        numbers = index.shard_of(np.arange(start, start + len(rows))).tolist()
-        places = [(int(row["text_at"]), int(row["text_size"])) for row in rows]
-        spans = [Span(index.shard(number), place, place) for number, place in zip(numbers, places, strict=True)]
-        for row, (_, text) in zip(rows, reader.read(spans), strict=True):
-            yield from texts_of(text, bool(row["json"]))
+        places = [index.places(n) for n in range(start, min(start + TEXTS_AT_ONCE, len(index.pictures)))]
+        spans = [Span(index.shard(shard), parts[-1]) for shard, parts, _ in places]
+        for (_, _, is_json), (text,) in zip(places, reader.read(spans), strict=True):
+            yield from map(index.kind.text, entries_of(text, is_json, index.kind)[0])
 
 
-class Sample(NamedTuple):
-    """One picture on its way to a batch: image [S, S, 3] uint8, its text or texts."""
-
-    image: np.ndarray
-    texts: list[str]
-    references: list[str]
-    key: str
-    image_id: int
-    source: int
-    epoch: int
-    position: int
-    replaced: tuple[str, ...] = ()
-
-
-class _Pictures:
-    """Reads pictures of several indexes by number."""
+class _Records:
+    """Reads records of several indexes by number."""
 
     def __init__(self, indexes: Sequence[Index], cache_bytes: int | None = None) -> None:
         self.indexes, self.reader = indexes, Reader(cache_bytes)
         self.remote = any(is_url(index.location(0)) for index in indexes)
         self.id_starts = np.concatenate([[0], np.cumsum([len(index.pictures) for index in indexes])])
 
-    def read(self, where: Sequence[tuple[int, int]]) -> list[tuple[bytes, bytes, bool]]:
-        """(index number, picture) -> (bytes of the picture, bytes that hold its texts, whether these are JSON)."""
-        spans, is_json = [], []
-        for source, picture in where:
-            index = self.indexes[source]
-            row = index.pictures[picture]
-            shard = int(index.shard_of(picture))
-            image, text = (int(row["image_at"]), int(row["image_size"])), (int(row["text_at"]), int(row["text_size"]))
-            spans.append(Span(index.shard(shard), image, text))
-            is_json.append(bool(row["json"]))
+    def read(self, where: Sequence[tuple[int, int]]) -> list[tuple[list[bytes], bytes, bool]]:
+        """(index number, record) -> (bytes of its pictures, bytes that hold its entries, whether these are JSON)."""
+        places = [self.indexes[source].places(record) for source, record in where]
+        spans = [
+            Span(self.indexes[source].shard(shard), *parts)
+            for (source, _), (shard, parts, _) in zip(where, places, strict=True)
+        ]
         read = self.reader.read(spans)
-        return [(image, text, kind) for (image, text), kind in zip(read, is_json, strict=True)]
+        return [([*images], text, kind) for (*images, text), (_, _, kind) in zip(read, places, strict=True)]
 
-    def name(self, source: int, picture: int) -> str:
-        return self.indexes[source].full_name(picture)
+    def name(self, source: int, record: int) -> str:
+        return self.indexes[source].full_name(record)
 
 
-class TrainPairs(Dataset):
-    """The dataset whose keys are positions of the plan. Holds no state: what a key gives depends on the key alone."""
+def grey(kind: Kind, size: int, frames: int | None = None) -> np.ndarray:
+    """Grey in place of what a record shows: what is left to a model that does not see. Shaped as in `Sample`."""
+    several = (frames,) if kind.clips else (kind.pictures,) if kind.pictures > 1 else ()
+    return np.full((*several, size, size, 3), GREY, np.uint8)
+
+
+class TrainRecords(Dataset):
+    """The dataset whose keys are positions of the plan. Holds no state: what a key gives depends on the key alone.
+
+    entries: `all` where a unit of the plan is an entry, `one` where it is a record, of which one entry is drawn; config: of the
+    augmentation, None only resizes; blank: grey pictures
+    """
 
     def __init__(
         self,
         indexes: Sequence[Index],
         plan: Plan,
-        captions: str,
+        entries: str,
         size: int,
         config: AugmentConfig | None,
         cache_bytes: int | None = None,
+        blank: bool = False,
     ) -> None:
-        self.pictures, self.plan = _Pictures(indexes, cache_bytes), plan
-        self.captions, self.size, self.config = captions, size, config
+        self.records, self.plan = _Records(indexes, cache_bytes), plan
+        self.entries, self.size, self.config, self.blank = entries, size, config, blank
+        self.kind = indexes[0].kind
+        if self.kind.clips:
+            raise ValueError("clips are for evaluation alone: they are neither cropped nor sampled at random")
         self._ahead: list = []
 
     def __getitem__(self, key: Key) -> Sample:
@@ -162,8 +150,8 @@ class TrainPairs(Dataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample]:
         places = self._places(keys[0].epoch, [key.position for key in keys])
-        read = self.pictures.read([(source, picture) for source, picture, _ in places])
-        if self.pictures.remote:
+        read = self.records.read([(source, record) for source, record, _ in places])
+        if self.records.remote:
             self._fetch_ahead(keys[0])
         return [self._sample(key, place, found) for key, place, found in zip(keys, places, read, strict=True)]
 
@@ -172,75 +160,124 @@ class TrainPairs(Dataset):
         ahead = self.plan.ahead(key.epoch, key.start)
         if ahead != self._ahead:
             self._ahead = ahead
-            shards = [self.pictures.indexes[source].shard(n) for source, numbers in ahead for n in numbers]
-            self.pictures.reader.remote.fetch_ahead(shards)
+            shards = [self.records.indexes[source].shard(n) for source, numbers in ahead for n in numbers]
+            self.records.reader.remote.fetch_ahead(shards)
 
     def _places(self, epoch: int, positions: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Positions -> (source, picture, number of its text)."""
+        """Positions -> (source, record, number of its entry)."""
         sources, units = self.plan.resolve(epoch, np.array(positions))
         places = []
         for source, unit, position in zip(sources.tolist(), units, positions, strict=True):
-            index = self.pictures.indexes[source]
-            if self.captions == "all":
-                picture, text = index.picture_of(unit)
+            index = self.records.indexes[source]
+            if self.entries == "all":
+                record, entry = index.picture_of(unit)
             else:
-                picture = unit
-                text = draw(int(index.text_counts(picture)), self.plan.seed, epoch, position, "text")
-            places.append((source, int(picture), int(text)))
+                record = unit
+                entry = draw(int(index.text_counts(record)), self.plan.seed, epoch, position, "text")
+            places.append((source, int(record), int(entry)))
         return places
 
-    def _sample(self, key: Key, place: tuple[int, int, int], found: tuple[bytes, bytes, bool]) -> Sample:
-        """The pair of this position or, where it does not decode, of the next position of the same global batch."""
+    def _sample(self, key: Key, place: tuple[int, int, int], found: tuple[list[bytes], bytes, bool]) -> Sample:
+        """The row of this position or, where it does not decode, of the next position of the same global batch."""
         failed: list[str] = []
         for step in range(key.stop - key.start):
             if step:
                 next_one = key.start + (key.position - key.start + step) % (key.stop - key.start)
                 (place,) = self._places(key.epoch, [next_one])
-                (found,) = self.pictures.read([place[:2]])
-            source, picture, number = place
+                (found,) = self.records.read([place[:2]])
+            source, record, number = place
+            index = self.records.indexes[source]
             try:
-                image, text = self._view(found[0], key), texts_of(*found[1:])[number]
+                image, entry = self._view(found[0], key), entries_of(*found[1:], index.kind)[0][number]
             except (ValueError, IndexError) as error:  # an ImageError is a ValueError with a reason
                 reason = getattr(error, "reason", "its text is not the one indexed")
-                failed.append(f"{self.pictures.name(source, picture)} ({reason})")
+                failed.append(f"{self.records.name(source, record)} ({reason})")
                 continue
-            index = self.pictures.indexes[source]
-            image_id = int(self.pictures.id_starts[source]) + picture
-            return Sample(image, [text], [], index.key(picture), image_id, source, key.epoch, key.stop, tuple(failed))
+            image_id = int(self.records.id_starts[source]) + record
+            return Sample(
+                image,
+                [entry],
+                [],
+                index.key(record),
+                image_id,
+                source,
+                key.epoch,
+                key.stop,
+                key.position,
+                tuple(failed),
+            )
         raise ValueError(
-            f"no pair of the global batch at position {key.start} of epoch {key.epoch} decodes: {failed[:5]} ..."
+            f"no {self.kind.one} of the global batch at position {key.start} of epoch {key.epoch} decodes: {failed[:5]} ..."
         )
 
-    def _view(self, data: bytes, key: Key) -> np.ndarray:
+    def _view(self, images: Sequence[bytes], key: Key) -> np.ndarray:
+        if self.blank:
+            return grey(self.kind, self.size)
         if self.config is None:
-            return resize_square(decode(data), self.size)
-        return training_view(data, self.config, generator(self.plan.seed, key.epoch, key.position, "augment"))
+            views = [resize_square(decode(data), self.size) for data in images]
+        else:
+            rng = generator(self.plan.seed, key.epoch, key.position, "augment")
+            views = [training_view(data, self.config, rng) for data in images]
+        return views[0] if len(views) == 1 else np.stack(views)
 
 
-class EvaluationPictures(Dataset):
-    """Every picture once, as it is (resized), with its first text or all; all texts as references."""
+class EvaluationRecords(Dataset):
+    """Every record once, as it is (resized), with its entries; all of them as references.
 
-    def __init__(self, index: Index, captions: str, size: int, cache_bytes: int | None = None) -> None:
-        self.pictures, self.captions, self.size = _Pictures([index], cache_bytes), captions, size
+    entries: `first` or `all` of a record, or `each`, where an item is one entry; frames: of a clip; blank: grey pictures
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        entries: str,
+        size: int,
+        cache_bytes: int | None = None,
+        frames: int | None = None,
+        blank: bool = False,
+    ) -> None:
+        self.records, self.index, self.entries = _Records([index], cache_bytes), index, entries
+        self.size, self.frames, self.blank = size, frames, blank
 
     def __len__(self) -> int:
-        return len(self.pictures.indexes[0].pictures)
+        return len(self.index) if self.entries == "each" else len(self.index.pictures)
 
-    def __getitem__(self, picture: int) -> Sample:
-        return self.__getitems__([picture])[0]
+    def __getitem__(self, item: int) -> Sample:
+        return self.__getitems__([item])[0]
 
-    def __getitems__(self, pictures: Sequence[int]) -> list[Sample]:
+    def __getitems__(self, items: Sequence[int]) -> list[Sample]:
+        places = [self._place(item) for item in items]
+        records = list(
+            dict.fromkeys(record for record, _ in places)
+        )  # read and decoded once, however many entries follow
+        read = dict(zip(records, self.records.read([(0, record) for record in records]), strict=True))
+        found = {record: self._record(record, *read[record]) for record in records}
         samples = []
-        for picture, (data, text, is_json) in zip(
-            pictures, self.pictures.read([(0, p) for p in pictures]), strict=True
-        ):
-            try:
-                image, texts = resize_square(decode(data), self.size), texts_of(text, is_json)
-            except ValueError as error:  # to leave it out would change what is measured
-                raise ValueError(
-                    f"{self.pictures.name(0, picture)}: {error}; index its shard anew with `blip data index --verify`"
-                ) from error
-            shown = texts[:1] if self.captions == "first" else texts
-            key = self.pictures.indexes[0].key(picture)
-            samples.append(Sample(image, shown, texts, key, picture, 0, 0, pictures[-1] + 1))
+        for item, (record, shown) in zip(items, places, strict=True):
+            image, entries = found[record]
+            key = self.index.key(record)
+            samples.append(Sample(image, entries[shown], entries, key, record, 0, 0, items[-1] + 1, item))
         return samples
+
+    def _place(self, item: int) -> tuple[int, slice]:
+        """(record, which of its entries are shown)"""
+        if self.entries != "each":
+            return item, slice(1 if self.entries == "first" else None)
+        record, entry = (int(n[0]) for n in self.index.picture_of(np.array([item])))
+        return record, slice(entry, entry + 1)
+
+    def _record(self, record: int, images: list[bytes], text: bytes, is_json: bool) -> tuple[np.ndarray, list[Any]]:
+        try:
+            return self._view(images), entries_of(text, is_json, self.index.kind)[0]
+        except ValueError as error:  # to leave it out would change what is measured
+            raise ValueError(
+                f"{self.records.name(0, record)}: {error}; index its shard anew with `blip data index --verify`"
+            ) from error
+
+    def _view(self, images: list[bytes]) -> np.ndarray:
+        if self.blank:
+            return grey(self.index.kind, self.size, self.frames)
+        if self.frames is not None:
+            return clip(images[0], self.frames, self.size)
+        views = [resize_square(decode(data), self.size) for data in images]
+        return views[0] if len(views) == 1 else np.stack(views)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from blip.datamodules.batches import RecordBatch, Sample, Words, common, rows_of
 from blip.datamodules.plan import generator
+from blip.datamodules.records import STATEMENTS
+from blip.datamodules.stream import StreamDataModule
 from blip.layout import TextLayout
 from blip.text import clean_caption
 
@@ -65,3 +68,19 @@ def collate(samples: Sequence[Sample], words: Words, training: bool, swap_seed: 
         labels=torch.tensor([-1 if entry["label"] is None else int(entry["label"]) for entry in statements]),
         statements=statements,
     )
+
+
+class StatementsDataModule(StreamDataModule):
+    """Statements about two pictures.
+
+    swap: in training, every second time, left and right change their places, pictures and words; all else is `StreamDataModule`'s
+    """
+
+    kind = STATEMENTS
+
+    def __init__(self, *, swap: bool = False, **stream: Any) -> None:
+        super().__init__(**stream)
+        self.swap = swap
+
+    def collator(self, training: bool) -> Callable[[Sequence[Sample]], StatementBatch]:
+        return partial(collate, words=self.words, training=training, swap_seed=self.seed if self.swap else None)

@@ -13,7 +13,8 @@ import torch
 
 from blip.datamodules import remote
 from blip.datamodules.index import build_index
-from blip.datamodules.pairs import Batch, PairsDataModule, fitting_prefetch
+from blip.datamodules.pairs import Batch, PairsDataModule
+from blip.datamodules.stream import fitting_prefetch
 from tests.datamodules.making import pair, tar_of, write_shards, write_vocabulary
 from tests.datamodules.serving import serving
 

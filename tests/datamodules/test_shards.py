@@ -14,13 +14,13 @@ from blip.datamodules.images import AugmentConfig
 from blip.datamodules.index import Index, build_index
 from blip.datamodules.plan import Key, Plan, Source
 from blip.datamodules.remote import Shard
-from blip.datamodules.shards import EvaluationPictures, Reader, Span, TrainPairs, texts_in
+from blip.datamodules.shards import EvaluationRecords, Reader, Span, TrainRecords, texts_in
 from tests.datamodules.making import pair, tar_of, write_shards
 
 
-def dataset(index: Index, captions: str = "all", config: AugmentConfig | None = None) -> TrainPairs:
+def dataset(index: Index, captions: str = "all", config: AugmentConfig | None = None) -> TrainRecords:
     ends = index.text_starts[index.shard_starts] if captions == "all" else index.shard_starts
-    return TrainPairs([index], Plan([Source("only", np.diff(ends))], seed=3, window=10), captions, 8, config)
+    return TrainRecords([index], Plan([Source("only", np.diff(ends))], seed=3, window=10), captions, 8, config)
 
 
 def keys(positions: range, batch: int, epoch: int = 0) -> list[Key]:
@@ -75,9 +75,9 @@ def test_a_sample_does_not_depend_on_what_is_asked_beside_it(tmp_path):
     together = data.__getitems__(keys(range(40), 8))
     for key, sample in list(zip(keys(range(40), 8), together, strict=True))[::7]:
         alone = dataset(index, config=AugmentConfig(size=8))[key]
-        assert (alone.key, alone.texts, alone.image_id) == (sample.key, sample.texts, sample.image_id)
+        assert (alone.key, alone.entries, alone.image_id) == (sample.key, sample.entries, sample.image_id)
         assert np.array_equal(alone.image, sample.image)
-    assert {(s.key, s.texts[0]) for s in together} == {
+    assert {(s.key, s.entries[0]) for s in together} == {
         (f"{n:05d}", f"a picture of number {n} text {i}") for n in range(20) for i in range(2)
     }
 
@@ -85,7 +85,7 @@ def test_a_sample_does_not_depend_on_what_is_asked_beside_it(tmp_path):
 def test_with_one_caption_each_picture_comes_once_and_its_text_is_drawn_anew_each_epoch(tmp_path):
     data = dataset(build_index(write_shards(tmp_path / "data", [20], texts=4)), captions="one")
     epochs = [data.__getitems__(keys(range(20), 20, epoch)) for epoch in range(3)]
-    texts = [{sample.key: sample.texts[0][-1] for sample in epoch} for epoch in epochs]
+    texts = [{sample.key: sample.entries[0][-1] for sample in epoch} for epoch in epochs]
     assert all(len(epoch) == 20 for epoch in texts)
     assert set(texts[0].values()) == {"0", "1", "2", "3"}
     assert texts[0] != texts[1] != texts[2]
@@ -129,16 +129,16 @@ def test_a_global_batch_without_a_sound_pair_is_an_error(tmp_path):
 def test_evaluation_gives_every_reference_and_the_texts_asked_for(tmp_path):
     index = build_index(write_shards(tmp_path / "data", [3], texts=3))
     for captions, shown in (("first", 1), ("all", 3)):
-        samples = EvaluationPictures(index, captions, 8).__getitems__([0, 1, 2])
+        samples = EvaluationRecords(index, captions, 8).__getitems__([0, 1, 2])
         assert [sample.key for sample in samples] == ["00000", "00001", "00002"]
-        assert all(len(sample.texts) == shown and len(sample.references) == 3 for sample in samples)
+        assert all(len(sample.entries) == shown and len(sample.references) == 3 for sample in samples)
         assert samples[0].image.shape == (8, 8, 3)
 
 
 def test_evaluation_does_not_replace_what_fails(tmp_path):
     index = with_broken(tmp_path / "data", broken={1})
     with pytest.raises(ValueError, match=r"00000.tar: 00001: not an image.*--verify"):
-        EvaluationPictures(index, "first", 8).__getitems__([0, 1])
+        EvaluationRecords(index, "first", 8).__getitems__([0, 1])
 
 
 def test_texts_come_in_the_order_of_the_rows_and_no_picture_is_read(tmp_path, monkeypatch):
