@@ -1,5 +1,6 @@
 """The `blip` command. Each command is a parser and a function that returns the exit status; what is heavy is imported there.
 
+    blip caption|match|embed MODEL PICTURES...  what a model says of pictures, a JSON line each
     blip data index SHARDS...                   the index of tar shards, with every picture decoded once
     blip data build IMAGES CAPTIONS OUT         shards from a folder or zip of pictures and a file of captions
     blip data build --layout NAME PATHS... OUT  shards of a published data set (--help names the layouts)
@@ -19,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip.cli_model import add_model
+
 if TYPE_CHECKING:
     from blip.datamodules.index import Report, Spread
 
@@ -37,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The commands. Each group adds its own in one function, named here."""
-    top = argparse.ArgumentParser(prog="blip", description="BLIP: data, checkpoints and scores from the command line.")
+    top = argparse.ArgumentParser(prog="blip", description="BLIP: pictures, data, checkpoints and scores.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_data, _add_convert):
+    for add in (add_model, _add_data, _add_convert):
         add(commands)
     return top
 

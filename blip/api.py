@@ -1,0 +1,283 @@
+"""A trained model in a few lines of Python: caption, answer, match and embed pictures.
+
+    import blip
+    model = blip.load("runs/.../checkpoints/last.ckpt")         # ours, a released .pth, or a folder of transformers
+    model.caption("photo.jpg").text
+    model.match(["a.jpg", "b.jpg"], ["a dog", "a cat"])          # [2][2] of probability (ITM) and cosine (ITC)
+    model.embed(pictures) @ model.embed_text(texts).T
+
+A picture is a path, the bytes of a file, a PIL image, or an array [H, W, 3] uint8 (RGB). One picture gives one result, a list
+gives a list. What a result is does not depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from blip.datamodules.files import Place
+from blip.datamodules.images import ImageError, decode, resize_square
+from blip.layout import TextLayout
+from blip.modules.blip import BLIP
+from blip.modules.checkpoint import Weights, read, sizes
+from blip.modules.checkpoint import load as fill
+from blip.modules.generation import Decoding, generate, noise
+from blip.modules.names import part
+from blip.modules.vit import normalize
+from blip.text import Tokenizer, clean_caption
+
+Picture = str | PathLike[str] | bytes | PIL.Image.Image | np.ndarray
+
+PAPER = {  # section 5.3 of the released evaluation: beam search over 3, at most 20 tokens with the prompt
+    "strategy": "beam", "max_length": 20, "min_length": 5, "beams": 3, "top_p": 0.9, "top_k": 0, "temperature": 1.0,
+    "repetition_penalty": 1.0, "no_repeat_ngram": 0, "length_penalty": 1.0, "length_counts": "all", "samples": 1,
+}  # fmt: skip
+RELEASED_PROMPT = "a picture of"
+TEXTS_AT_ONCE = 512  # that go through ITM together
+LIMITS = {"words": 30, "tokens": 35}  # of a text that is matched or embedded, where the checkpoint does not say
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption without its prompt; log-probabilities are natural logarithms under the model's own distribution.
+
+    log_prob is their sum over the written tokens, the end included; token_log_probs has one for each.
+    """
+
+    text: str
+    log_prob: float
+    mean_log_prob: float
+    token_log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Whether a text fits a picture: probability by ITM, cosine of the ITC features."""
+
+    probability: float
+    cosine: float
+
+
+def load(
+    path: str | PathLike[str],
+    tokenizer: str | PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "float32",
+) -> Model:
+    """The model of a checkpoint: ours, a released `.pth`, or a folder of transformers.
+
+    tokenizer: a vocab.txt, a tokenizer.json or a folder with either, for files that hold none (released ones: BERT's). device:
+    by default the GPU where there is one. precision: `float32`, or `bfloat16` for the model's products.
+    ValueError: not a checkpoint, no vocabulary, or one of another size.
+    """
+    weights = read(Path(path))
+    words = Tokenizer.load(Path(tokenizer)) if tokenizer is not None else None
+    if words is None and not weights.tokenizer:
+        raise ValueError(f"{path} holds no vocabulary: give the one it was trained with (tokenizer=vocab.txt)")
+    words = words or Tokenizer.from_json(weights.tokenizer)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Model(weights, words, torch.device(chosen), precision)
+
+
+class Model:
+    """What `load` returns. `parts` are those of the checkpoint, in words; a method that needs one it lacks says so."""
+
+    def __init__(self, weights: Weights, tokenizer: Tokenizer, device: torch.device, precision: str) -> None:
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16, not {precision!r}")
+        self.path, self.tokenizer, self.device, self.precision = weights.path, tokenizer, device, precision
+        self.config = OmegaConf.create(weights.config)
+        heads = self._said("model.vit.heads"), self._said("model.med.heads")
+        config = sizes(weights.tensors, weights.heads or (None if None in heads else heads))
+        if config.med.vocab_size != len(tokenizer):
+            raise ValueError(
+                f"{weights.path} has {config.med.vocab_size} pieces and the vocabulary {len(tokenizer)}: give the one that the "
+                "model was trained with"
+            )
+        config = replace(config, dec_id=tokenizer.dec_id, enc_id=tokenizer.enc_id)
+        self.parts = {part(name) for name in weights.tensors}
+        self.network = BLIP(config, "ITM head" in self.parts, "text decoder" in self.parts)
+        self.report = fill(self.network, weights)
+        self.network.to(device).eval().requires_grad_(False)
+        self.image_size = config.vit.image_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the weights: equal for equal models, whatever their file is called."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    # what it says of pictures -----------------------------------------------------------------------------------------
+
+    def caption(
+        self, pictures: Picture | Sequence[Picture], prompt: str | None = None, seed: int = 0, **decoding: Any
+    ) -> Any:
+        """A `Caption` of each picture; with samples=n a list of n.
+
+        prompt: words that each caption begins with, not part of it; by default those the model was trained with. decoding:
+        what to change of the run's own decoding (else the paper's, `PAPER`): strategy (greedy, beam, nucleus), beams, top_p,
+        samples, max_length, min_length ... as in `blip.modules.generation.Decoding`. Sampling draws from seed and picture.
+        """
+        self._needs("text decoder")
+        how = self.decoding(**decoding)
+        begun = self.prompt if prompt is None else prompt
+        ids = [self.tokenizer.dec_id, *(self.tokenizer.encode([begun], how.max_length)[0][1:-1] if begun else [])]
+
+        def write(image: Tensor, pixels: list[np.ndarray]) -> list[Any]:
+            cross = self.network.med.look(self.network.visual_encoder(image), decoder=True)
+            uniform = None
+            if how.strategy == "nucleus":
+                uniform = noise([_seed(seed, p) for p in pixels], how.samples, how.max_length - len(ids)).to(
+                    self.device
+                )
+            texts = generate(self.network.med, cross, ids, how, self.tokenizer.sep_id, self.tokenizer.pad_id, uniform)
+            rows = zip(texts.ids.tolist(), texts.log_probs.tolist(), texts.written.tolist(), strict=True)
+            said = [self._caption(row[len(ids) :], log_probs[:count]) for row, log_probs, count in rows]
+            n = how.samples
+            return said if n == 1 else [said[i : i + n] for i in range(0, len(said), n)]
+
+        return self._each(pictures, write)
+
+    def match(self, pictures: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Any:
+        """A `Match` of each picture with each text: for one text one, for a list of texts a list."""
+        self._needs("ITM head", "ITC projections")
+        wanted = [texts] if isinstance(texts, str) else list(texts)
+        if not wanted:
+            raise ValueError("match: no text is given")
+        ids, layout = self._tokens(wanted)
+        lengths = layout.mask.sum(1).tolist()
+
+        def judge(image: Tensor, _: list[np.ndarray]) -> list[Any]:
+            network, count = self.network, image.shape[0]
+            states = network.visual_encoder(image)
+            cosine = network.image_features(states) @ network.text_features(ids, layout).T  # [B, R]
+            cross = network.med.look(states)
+            logits, at, together = [], 0, max(1, TEXTS_AT_ONCE // count)
+            for start in range(0, len(wanted), together):
+                some = lengths[start : start + together]
+                part_of_ids = ids[at : (at := at + sum(some))]
+                # the texts of a picture fold into one row of queries
+                beside = TextLayout.from_lengths(some * count).to(self.device)
+                logits.append(network.itm_logits(part_of_ids.repeat(count), beside, cross).unflatten(0, (count, -1)))
+            probability = torch.cat(logits, dim=1).softmax(-1)[..., 1]  # [B, R]
+            found = [
+                [Match(p, c) for p, c in zip(row_p, row_c, strict=True)]
+                for row_p, row_c in zip(probability.tolist(), cosine.tolist(), strict=True)
+            ]
+            return [row[0] for row in found] if isinstance(texts, str) else found
+
+        return self._each(pictures, judge)
+
+    def embed(self, pictures: Picture | Sequence[Picture]) -> np.ndarray:
+        """Unit vectors in the common space, [E] of a picture, [B, E] of a list, float32; their products are ITC's cosines."""
+        self._needs("ITC projections")
+
+        def features(image: Tensor, _: list[np.ndarray]) -> list[np.ndarray]:
+            return list(self.network.image_features(self.network.visual_encoder(image)).cpu().numpy())
+
+        found = self._each(pictures, features)
+        return np.stack(found) if isinstance(found, list) else found
+
+    def embed_text(self, texts: str | Sequence[str]) -> np.ndarray:
+        """The same of texts: [E] of one, [R, E] of a list."""
+        self._needs("ITC projections")
+        ids, layout = self._tokens([texts] if isinstance(texts, str) else list(texts))
+        with self._quietly():
+            found = self.network.text_features(ids, layout).cpu().numpy()
+        return found[0] if isinstance(texts, str) else found
+
+    # how it says it ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def prompt(self) -> str:
+        """What captions begin with: as the checkpoint's own run has it, in other layouts the released prompt."""
+        if not self.config:
+            return RELEASED_PROMPT
+        return self._said("task.evaluators.caption.prompt") or ""
+
+    def decoding(self, **changed: Any) -> Decoding:
+        """The run's own decoding, else the paper's, with what is given changed. ValueError for a name or value that is none."""
+        node = self._said("task.evaluators.caption.decoding") or PAPER
+        known = set(PAPER) | {"early_stopping"}
+        if unknown := set(changed) - known:
+            raise ValueError(f"decoding has no {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
+        return Decoding(**{name: value for name, value in {**node, **changed}.items() if name in known})
+
+    # inside -----------------------------------------------------------------------------------------------------------
+
+    def _said(self, key: str) -> Any:
+        """A value of the checkpoint's config, references followed; None where there is none."""
+        value = OmegaConf.select(self.config, key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+    def _needs(self, *parts: str) -> None:
+        if lacking := [words for words in parts if words not in self.parts]:
+            raise ValueError(f"{self.path} has no {', no '.join(lacking)}, which this needs")
+
+    def _quietly(self) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"))
+        return stack
+
+    def _each(self, pictures: Picture | Sequence[Picture], say: Callable[[Tensor, list[np.ndarray]], list[Any]]) -> Any:
+        """Runs `say` over normalised images [B, 3, S, S] and gives one picture's result alone."""
+        several = not isinstance(pictures, (str, bytes, PathLike, PIL.Image.Image, np.ndarray))
+        pixels = [self.pixels(picture) for picture in (pictures if several else [pictures])]  # type: ignore
+        if not pixels:
+            return []
+        with self._quietly():
+            image = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, S, S] uint8
+            found = say(normalize(image.to(self.device)), pixels)
+        return found if several else found[0]
+
+    def pixels(self, picture: Picture | Place) -> np.ndarray:
+        """A picture as the model sees it: the whole of it as a square, [S, S, 3] uint8. ValueError names what is none."""
+        if isinstance(picture, str | PathLike):
+            picture = Place(os.fspath(picture), os.fspath(picture))
+        if isinstance(picture, Place):
+            place = picture
+            try:
+                picture = decode(place.read())
+            except ImageError as error:
+                raise ValueError(f"{place.name}: {error}") from error
+        elif isinstance(picture, bytes):
+            picture = decode(picture)
+        elif isinstance(picture, PIL.Image.Image):
+            picture = np.array(picture.convert("RGB"))
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(f"an array must be [H, W, 3] uint8 (RGB), not {list(picture.shape)} {picture.dtype}")
+        square = (self.image_size, self.image_size, 3)
+        return picture if picture.shape == square else resize_square(np.ascontiguousarray(picture), self.image_size)
+
+    def _tokens(self, texts: list[str]) -> tuple[Tensor, TextLayout]:
+        words, tokens = (self._said(f"data.max_{name}") or most for name, most in LIMITS.items())
+        ids = self.tokenizer.encode([clean_caption(text, words) for text in texts], tokens)
+        packed = torch.tensor([i for text in ids for i in text], device=self.device)
+        return packed, TextLayout.from_lengths([len(text) for text in ids]).to(self.device)
+
+    def _caption(self, ids: list[int], log_probs: list[float]) -> Caption:
+        total = sum(log_probs)
+        return Caption(self.tokenizer.decode(ids), total, total / len(log_probs), tuple(log_probs))
+
+
+def _seed(seed: int, pixels: np.ndarray) -> int:
+    """A seed that depends on the picture and on `seed` alone."""
+    digest = hashlib.blake2b(pixels.tobytes(), digest_size=8, key=str(seed).encode())
+    return int.from_bytes(digest.digest(), "little") >> 1

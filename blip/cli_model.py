@@ -1,0 +1,197 @@
+"""Commands that use a model on pictures: `blip caption|match|embed MODEL PICTURES...`, one JSON line a picture.
+
+Pictures are files, folders, patterns and tar shards. A file that gives no picture is told of at the end and hurts no other.
+With --out a command that was stopped goes on where it was when it is started again: pictures that have a line are left alone, half a
+line is taken away, and other settings than the file was begun with are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from blip.api import Model
+
+SECONDS = 1.0  # between two looks at the progress
+NAMED = 20  # broken files named at the end
+Say = Callable[["Model", "list[np.ndarray]"], list[dict[str, Any]]]
+
+
+def add_model(commands: Any) -> None:
+    """Adds the commands to the parser of `blip`."""
+    caption = _command(commands, "caption", "write captions", caption_pictures)
+    caption.add_argument("--prompt", help="words that captions begin with (default: as the model was trained)")
+    caption.add_argument(
+        "--strategy", choices=("greedy", "beam", "nucleus"), help="default: as the model's run, or beam"
+    )
+    caption.add_argument("--beams", type=int)
+    caption.add_argument("--top-p", type=float)
+    caption.add_argument("--max-length", type=int, help="tokens with the prompt")
+    caption.add_argument("--min-length", type=int)
+    caption.add_argument("--samples", type=int, help="captions of each picture")
+    caption.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+
+    match = _command(commands, "match", "tell how well texts fit", match_pictures)
+    match.add_argument("--text", action="append", required=True, help="a text; give it several times for several texts")
+
+    _command(commands, "embed", "give vectors to search with", embed_pictures)
+
+
+def _command(commands: Any, name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help, description=run.__doc__)
+    command.add_argument(
+        "model", metavar="MODEL", help="a checkpoint of ours, a released .pth or a folder of transformers"
+    )
+    command.add_argument("pictures", nargs="+", metavar="PICTURES", help="files, folders, patterns, .tar shards")
+    command.add_argument("--out", type=Path, help="the file of JSON lines (default: the output stream)")
+    command.add_argument("--tokenizer", help="vocab.txt or tokenizer.json, where the checkpoint holds none")
+    command.add_argument("--batch-size", type=int, default=16, help="pictures at once (default: %(default)s)")
+    command.add_argument("--device", help="cpu, cuda, ... (default: the GPU where there is one)")
+    command.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    command.set_defaults(run=run)
+    return command
+
+
+def caption_pictures(options: argparse.Namespace) -> int:
+    """Writes captions: {"picture", "captions": [{"text", "log_prob", "mean_log_prob", "token_log_probs"}]}."""
+    names = ("strategy", "beams", "top_p", "max_length", "min_length", "samples")
+    decoding = {name: value for name in names if (value := getattr(options, name)) is not None}
+
+    def say(model: Model, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+        from dataclasses import asdict
+
+        found = model.caption(pixels, options.prompt, options.seed, **decoding)
+        return [{"captions": [asdict(c) for c in (each if isinstance(each, list) else [each])]} for each in found]
+
+    return _run(options, say, {"prompt": options.prompt, "seed": options.seed, **decoding})
+
+
+def match_pictures(options: argparse.Namespace) -> int:
+    """Tells how well texts fit pictures: {"picture", "matches": [{"text", "probability" (ITM), "cosine" (ITC)}]}."""
+
+    def say(model: Model, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+        rows = model.match(pixels, options.text)
+        return [
+            {
+                "matches": [
+                    {"text": text, "probability": found.probability, "cosine": found.cosine}
+                    for text, found in zip(options.text, row, strict=True)
+                ]
+            }
+            for row in rows
+        ]
+
+    return _run(options, say, {"text": options.text})
+
+
+def embed_pictures(options: argparse.Namespace) -> int:
+    """Gives unit vectors in the space that pictures and texts share: {"picture", "embedding": [...]}."""
+
+    def say(model: Model, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+        return [{"embedding": [round(float(x), 6) for x in row]} for row in model.embed(pixels)]
+
+    return _run(options, say, {})
+
+
+# the run over many pictures -------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace, say: Say, settings: dict[str, Any]) -> int:
+    """Status 0, or 1 where no picture could be read."""
+    from blip.api import load
+    from blip.datamodules.files import Place, find
+
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size}: at least 1")
+    places = find(options.pictures)
+    model = load(options.model, options.tokenizer, options.device, options.precision)
+    settings = {"command": options.run.__name__.split("_")[0], "model": model.fingerprint, **settings}
+    broken: dict[str, str] = {}
+    with _lines(options.out, settings) as (file, done):
+        left = [place for place in places if place.name not in done]
+        told = _Progress(len(left), len(places) - len(left))
+        for start in range(0, len(left), options.batch_size):
+            read: list[tuple[Place, np.ndarray]] = []
+            for place in left[start : start + options.batch_size]:
+                try:
+                    read.append((place, model.pixels(place)))
+                except ValueError as error:
+                    broken[place.name] = str(error).removeprefix(f"{place.name}: ")
+            if read:
+                for (place, _), row in zip(read, say(model, [pixels for _, pixels in read]), strict=True):
+                    file.write(json.dumps({"picture": place.name, **row}, ensure_ascii=False) + "\n")
+                file.flush()
+            told.show(min(start + options.batch_size, len(left)))
+    for name, why in list(broken.items())[:NAMED]:
+        print(f"left out: {name}: {why}", file=sys.stderr)
+    if len(broken) > NAMED:
+        print(f"left out: {len(broken) - NAMED} more", file=sys.stderr)
+    if options.out is not None:
+        skipped = f", {len(places) - len(left)} were there" if len(left) < len(places) else ""
+        print(f"{options.out}: {len(left) - len(broken)} pictures{skipped}, {len(broken)} left out", file=sys.stderr)
+    return 1 if broken and len(broken) == len(places) else 0
+
+
+@contextmanager
+def _lines(out: Path | None, settings: dict[str, Any]) -> Iterator[tuple[IO[str], set[str]]]:
+    """The file to write to and the pictures that it has; half a line at its end is taken away."""
+    if out is None:
+        yield sys.stdout, set()
+        return
+    beside = out.with_name(f"{out.name}.settings.json")
+    said = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
+    before = beside.read_text(encoding="utf-8") if beside.is_file() else "{}"
+    if out.exists() and out.stat().st_size and before != said:
+        was = json.loads(before)
+        changed = [key for key in {**was, **settings} if was.get(key) != settings.get(key)]
+        raise ValueError(
+            f"{out} was begun with other settings ({', '.join(changed)}): choose another --out, or delete it to begin anew"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_text(said, encoding="utf-8")
+    done: set[str] = set()
+    whole = 0
+    with open(out, "a+b") as raw:
+        raw.seek(0)
+        for line in raw:
+            if not line.endswith(b"\n"):
+                break
+            done.add(json.loads(line)["picture"])
+            whole += len(line)
+        raw.truncate(whole)
+    with open(out, "a", encoding="utf-8") as file:
+        yield file, done
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Progress:
+    """Pictures done, rate and time left: on one line of a terminal, else nothing."""
+
+    def __init__(self, total: int, before: int) -> None:
+        self.total, self.before, self.began, self.shown = total, before, time.monotonic(), 0.0
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - self.shown < SECONDS and done < self.total):
+            return
+        self.shown = now
+        rate = done / max(now - self.began, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) / max(rate, 1e-9)))
+        end = "\n" if done == self.total else ""
+        print(
+            f"\r{self.before + done}/{self.before + self.total} | {rate:.1f}/s | {left} left\033[K",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )

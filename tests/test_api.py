@@ -1,0 +1,229 @@
+"""`blip.load` and the commands on it: results that hang on picture and model alone, and runs that can be broken off."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import blip
+from blip.api import Model
+from blip.cli_model import add_model
+from blip.modules.blip import BLIP, BLIPConfig
+from blip.modules.checkpoint import convert, nodes
+from blip.modules.vit import normalize
+from blip.text import Tokenizer
+from tests.modules.small import small_config
+
+VOCABULARY = Path(__file__).parent / "golden_cases" / "vocab.txt"
+
+
+@pytest.fixture(scope="module")
+def config() -> BLIPConfig:
+    words = Tokenizer.load(VOCABULARY)
+    small = small_config(width=64, look_width=64)  # heads as files say that do not tell them: one for 64
+    vit, med = replace(small.vit, heads=1), replace(small.med, heads=1, vocab_size=len(words))
+    return replace(small, vit=vit, med=med, dec_id=words.dec_id, enc_id=words.enc_id)
+
+
+@pytest.fixture(scope="module")
+def saved(config: BLIPConfig, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a random model as a checkpoint of ours, with the parts that are asked for."""
+
+    def save(encoder: bool = True, decoder: bool = True) -> Path:
+        torch.manual_seed(0)
+        state = {f"model.{name}": tensor for name, tensor in BLIP(config, encoder, decoder).state_dict().items()}
+        path = tmp_path_factory.mktemp("model") / "last.ckpt"
+        content = {"state_dict": state, "tokenizer": Tokenizer.load(VOCABULARY).to_json()}
+        torch.save({**content, "config": json.dumps({"model": nodes(config)})}, path)
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def model(saved: Callable[..., Path]) -> Model:
+    return blip.load(saved())
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (40 + seed, 60, 3), dtype=np.uint8)
+
+
+def test_one_picture_gives_the_result_that_it_has_in_a_list(model: Model):
+    several = [picture(n) for n in range(3)]
+    for options in ({"strategy": "greedy"}, {"strategy": "beam"}, {"strategy": "nucleus", "samples": 2}):
+        together = model.caption(several, **options)
+        for alone, among in zip(map(lambda p: model.caption(p, **options), several), together, strict=True):
+            if "samples" not in options:
+                alone, among = [alone], [among]
+            assert [c.text for c in alone] == [c.text for c in among]
+            assert [c.log_prob for c in alone] == pytest.approx([c.log_prob for c in among], rel=1e-4)
+    assert np.allclose(model.embed(several)[1], model.embed(several[1]), atol=1e-5)
+    matches = model.match(several, ["a dog", "a very long tail of a cat"])
+    assert model.match(several[2], "a dog").probability == pytest.approx(matches[2][0].probability, abs=1e-5)
+
+
+def test_a_path_its_bytes_a_pil_image_and_an_array_are_one_picture(model: Model, tmp_path: Path):
+    path = tmp_path / "a.png"
+    PIL.Image.fromarray(picture(1)).save(path)
+    given = [path, str(path), path.read_bytes(), PIL.Image.open(path), picture(1)]
+    found = model.embed(given)
+    assert np.abs(found - found[0]).max() < 1e-6
+
+
+def test_matches_are_those_of_the_model_itself(model: Model):
+    words = ["a dog", "the cat of a man"]
+    image = normalize(torch.from_numpy(model.pixels(picture(0))).permute(2, 0, 1)[None])
+    with torch.no_grad():
+        states = model.network.visual_encoder(image)
+        for text, found in zip(words, model.match(picture(0), words), strict=True):
+            ids, layout = model._tokens([text])
+            logits = model.network.itm_logits(ids, layout, model.network.med.look(states))
+            cosine = model.network.image_features(states) @ model.network.text_features(ids, layout).T
+            assert found.probability == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-5)
+            assert found.cosine == pytest.approx(cosine.item(), abs=1e-5)
+
+
+def test_log_probabilities_add_up(model: Model):
+    caption = model.caption(picture(0), strategy="greedy")
+    assert caption.log_prob == pytest.approx(sum(caption.token_log_probs))
+    assert caption.mean_log_prob == pytest.approx(caption.log_prob / len(caption.token_log_probs))
+    assert all(p <= 0 for p in caption.token_log_probs)
+
+
+def test_sampling_is_a_function_of_seed_and_picture(model: Model):
+    first, again, other = (model.caption(picture(0), seed=s, strategy="nucleus").text for s in (0, 0, 1))
+    assert first == again != other
+
+
+def test_the_layouts_of_others_give_what_ours_gives_once_the_vocabulary_is_told(
+    saved: Callable[..., Path], tmp_path: Path
+):
+    ours = saved()
+    convert(ours, tmp_path / "model.pth", "released", "itm")
+    convert(ours, tmp_path / "folder", "transformers", "BlipForImageTextRetrieval")
+    with pytest.raises(ValueError, match=r"vocab\.txt"):
+        blip.load(tmp_path / "model.pth")
+    expected = blip.load(ours).match(picture(0), ["a dog", "a cat"])
+    for path in (tmp_path / "model.pth", tmp_path / "folder"):
+        found = blip.load(path, tokenizer=VOCABULARY).match(picture(0), ["a dog", "a cat"])
+        assert [m.probability for m in found] == pytest.approx([m.probability for m in expected], abs=1e-6)
+
+
+def test_a_checkpoint_without_a_part_says_which(saved: Callable[..., Path]):
+    captioner, matcher = blip.load(saved(encoder=False)), blip.load(saved(decoder=False))
+    with pytest.raises(ValueError, match="no ITM head, no ITC projections"):
+        captioner.match(picture(0), "a dog")
+    with pytest.raises(ValueError, match="no text decoder"):
+        matcher.caption(picture(0))
+    assert matcher.embed(picture(0)).shape == (16,)
+    assert captioner.caption(picture(0)).token_log_probs
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (np.zeros((4, 4), np.uint8), r"\[H, W, 3\] uint8"),
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        ("/nowhere/a.jpg", "/nowhere/a.jpg: unreadable"),
+        (b"no picture", "not an image"),
+    ],
+)
+def test_what_is_no_picture_is_named(model: Model, wrong: object, told: str):
+    with pytest.raises(ValueError, match=told):
+        model.embed([picture(0), wrong])  # type: ignore[list-item]
+
+
+def test_an_unknown_way_of_decoding_is_refused_with_the_known_ones(model: Model):
+    with pytest.raises(ValueError, match=r"beam_size.*beams"):
+        model.caption(picture(0), beam_size=5)
+
+
+# the commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, one that is none, and a shard of two more."""
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    for n, name in enumerate(("a.jpg", "b.PNG", "below/c.jpg")):
+        PIL.Image.fromarray(picture(n)).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "in" / "notes.txt").write_text("not looked at")
+    with tarfile.open(tmp_path / "in" / "shard.tar", "w") as tar:
+        for n in (3, 4):
+            out = io.BytesIO()
+            PIL.Image.fromarray(picture(n)).save(out, "PNG")
+            member = tarfile.TarInfo(f"{n}.png")
+            member.size = out.tell()
+            tar.addfile(member, io.BytesIO(out.getvalue()))
+    return tmp_path / "in"
+
+
+def run(*arguments: object) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_model(parser.add_subparsers())
+    options = parser.parse_args([str(argument) for argument in arguments])
+    return options.run(options)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_picture_gets_a_line_and_the_broken_one_is_told_of(
+    saved: Callable[..., Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out.jsonl"
+    assert (
+        run("caption", saved(), folder, "--out", out, "--batch-size", 2, "--samples", 2, "--strategy", "nucleus") == 0
+    )
+    names = [Path(row["picture"]).relative_to(folder).as_posix() for row in rows(out)]
+    assert names == ["a.jpg", "b.PNG", "shard.tar/3.png", "shard.tar/4.png", "below/c.jpg"]
+    assert all(len(row["captions"]) == 2 for row in rows(out))
+    assert "broken.jpg: not an image" in capsys.readouterr().err
+
+
+def test_a_command_that_was_broken_off_goes_on_and_ends_as_if_it_had_not_been(
+    saved: Callable[..., Path], folder: Path, tmp_path: Path
+):
+    model, whole, cut = saved(), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    wanted = ("match", model, folder, "--text", "a dog", "--text", "a cat", "--batch-size", 1)
+    run(*wanted, "--out", whole)
+    run(*wanted, "--out", cut)
+    lines = cut.read_bytes().splitlines(keepends=True)
+    cut.write_bytes(b"".join(lines[:2]) + lines[2][:20])
+    run(*wanted, "--out", cut)
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_a_file_begun_with_other_settings_is_not_gone_on_with(saved: Callable[..., Path], folder: Path, tmp_path: Path):
+    model, out = saved(), tmp_path / "out.jsonl"
+    run("match", model, folder, "--text", "a dog", "--out", out)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"other settings \(text\)"):
+        run("match", model, folder, "--text", "a cat", "--out", out)
+    assert out.read_bytes() == before
+
+
+def test_nothing_but_broken_pictures_is_a_failure(
+    saved: Callable[..., Path], folder: Path, capsys: pytest.CaptureFixture
+):
+    assert run("embed", saved(), folder / "broken.jpg") == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_an_input_that_names_nothing_is_told(saved: Callable[..., Path], tmp_path: Path):
+    with pytest.raises(ValueError, match="no such file, folder or pattern"):
+        run("embed", saved(), tmp_path / "*.jpg")
