@@ -12,35 +12,32 @@ KEY.json is {"captions": [five texts; one on the web], "scene": {...}}, on the w
 Each pair is drawn from (seed, split, number) alone, so the bytes depend on nothing else.
 """
 
-import io
 import json
 import logging
 import os
 import random
 import shutil
 import string
-import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import cv2
-import simplejpeg
 from filelock import FileLock
 from tokenizers import Tokenizer
 
 from blip.datamodules.pairs import PairsDataModule
 from blip.datamodules.shapes_language import NOISE, WORDS, captions, noise
-from blip.datamodules.shapes_scenes import Scene, draw_scene, render
+from blip.datamodules.shapes_scenes import Scene, draw_scene, jpeg, seeded
+from blip.datamodules.tars import as_json, write_tar
 from blip.text import train_wordpiece
 
-VERSION = 1  # goes up when the same seed gives other bytes
+VERSION = 2  # goes up when the same seed gives other bytes
 CAPTIONS = 5
 PAIRS_A_SHARD = 1000
-JPEG_QUALITY = 92
 VOCABULARY = 512
 HELD_OUT = ("val", "test", "reserved")
 FOLDERS = {"train": "human", "web": "web", **{split: split for split in HELD_OUT}}
@@ -88,13 +85,8 @@ def _is_written(folder: Path, description: dict) -> bool:
 
 def _write(folder: Path, description: dict, processes: int) -> None:
     seed, sizes = description["seed"], description["sizes"]
-    held_out: set[tuple] = set()
-    scenes: dict[str, list[Scene]] = {split: [] for split in HELD_OUT}
-    for split in HELD_OUT:
-        for number in range(sizes[split]):
-            scene = draw_scene(_rng(seed, split, number), number % 3 + 1, split == "reserved", held_out)
-            held_out.add(scene.description.content)
-            scenes[split].append(scene)
+    scenes = held_out_scenes(seed, sizes)
+    held_out = {scene.description.content for split in HELD_OUT for scene in scenes[split]}
 
     for name in FOLDERS.values():
         (folder / name).mkdir(parents=True)
@@ -112,14 +104,28 @@ def _write(folder: Path, description: dict, processes: int) -> None:
     (folder / "world.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
+def held_out_scenes(seed: int, sizes: Mapping[str, int]) -> dict[str, list[Scene]]:
+    """The scenes of val, test and reserved, no two of the same content; the n-th has n % 3 + 1 things."""
+    taken: set[tuple] = set()
+    scenes: dict[str, list[Scene]] = {split: [] for split in HELD_OUT}
+    for split in HELD_OUT:
+        for number in range(sizes[split]):
+            scene = draw_scene(seeded(seed, split, number), number % 3 + 1, split == "reserved", taken)
+            taken.add(scene.description.content)
+            scenes[split].append(scene)
+    return scenes
+
+
 def _write_shards(folder: Path, seed: int, split: str, scenes: list[Scene]) -> list[str]:
     """The shards of a held-out split; none of its words goes into the vocabulary."""
+
+    def pairs(numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for number in numbers:
+            rng = seeded(seed, split, number, "look")
+            yield f"{number:06d}", {"jpg": jpeg(scenes[number], rng), "json": as_json(_told(scenes[number], rng))}
+
     for shard, start in enumerate(range(0, len(scenes), PAIRS_A_SHARD)):
-        part = enumerate(scenes[start : start + PAIRS_A_SHARD], start)
-        _write_tar(
-            folder / f"{shard:05d}.tar",
-            (_pair(f"{number:06d}", scene, _rng(seed, split, number, "look")) for number, scene in part),
-        )
+        write_tar(folder / f"{shard:05d}.tar", pairs(range(start, min(start + PAIRS_A_SHARD, len(scenes)))))
     return []
 
 
@@ -129,23 +135,22 @@ def _write_training_shard(
     """One shard of `human` or `web`; returns a caption of each pair."""
     texts: list[str] = []
 
-    def pairs() -> Iterator[tuple[str, bytes, dict]]:
+    def pairs() -> Iterator[tuple[str, dict[str, bytes]]]:
         for number in numbers:
-            rng = _rng(seed, split, things, number)
+            rng = seeded(seed, split, things, number)
             scene = draw_scene(rng, things, excluded=held_out)
-            key, picture, record = _pair(f"{things}{number:08d}", scene, rng)
+            picture, record = jpeg(scene, rng), _told(scene, rng)
             if split == "web":
                 record = _as_on_the_web(record, scene, rng, held_out)
             texts.append(record["captions"][0])
-            yield key, picture, record
+            yield f"{things}{number:08d}", {"jpg": picture, "json": as_json(record)}
 
-    _write_tar(path, pairs())
+    write_tar(path, pairs())
     return texts
 
 
-def _pair(key: str, scene: Scene, rng: random.Random) -> tuple[str, bytes, dict]:
-    picture = simplejpeg.encode_jpeg(render(scene, rng), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
-    return key, picture, {"captions": captions(scene.description, rng, CAPTIONS), "scene": scene.to_json()}
+def _told(scene: Scene, rng: random.Random) -> dict:
+    return {"captions": captions(scene.description, rng, CAPTIONS), "scene": scene.to_json()}
 
 
 def _as_on_the_web(record: dict, scene: Scene, rng: random.Random, held_out: AbstractSet[tuple]) -> dict:
@@ -157,19 +162,6 @@ def _as_on_the_web(record: dict, scene: Scene, rng: random.Random, held_out: Abs
         other = draw_scene(rng, rng.randint(1, 3), excluded=held_out | {said.content}) if kind == "other" else scene
         text = noise(kind, said, other.description, rng, held_out)
     return {"captions": [text], "truth": kind == "true", "kind": kind, "scene": record["scene"]}
-
-
-def _write_tar(path: Path, pairs: Iterable[tuple[str, bytes, dict]]) -> None:
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, picture, record in pairs:
-            for suffix, data in (("jpg", picture), ("json", json.dumps(record, separators=(",", ":")).encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
-def _rng(*key: int | str) -> random.Random:
-    return random.Random("/".join(map(str, key)))
 
 
 def train_vocabulary(texts: list[str]) -> Tokenizer:

@@ -37,7 +37,7 @@ SYNONYMS = {
 LONG = {"left": "to the left of", "right": "to the right of"}  # where a caption has room for it
 SLOTS = ("shape", "colour", "size", "texture")
 KINDS = (*SLOTS, "relation", "background")
-_VALUES = {
+VALUES = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
     "size": SIZES,
@@ -47,23 +47,30 @@ _VALUES = {
 }
 
 
-def _spoken(value: str) -> tuple[str, ...]:
+def spoken(value: str) -> tuple[str, ...]:
+    """The words for a value, its own the first."""
     return SYNONYMS.get(value, (value,))
 
 
 _READ = {
-    phrase.split()[0]: (kind, value)
-    for kind, values in _VALUES.items()
-    for value in values
-    for phrase in _spoken(value)
+    phrase.split()[0]: (kind, value) for kind, values in VALUES.items() for value in values for phrase in spoken(value)
 }
-WORDS = tuple(sorted({*_READ, "a", "on", "background", "to", "the", "of", "which", "is", "and"}))
+CAPTION_WORDS = {*_READ, "a", "on", "background", "to", "the", "of", "which", "is", "and"}
 """Every word that a caption of the world can have."""
+_OTHER_WORDS = """
+    are there how many what where does look like it one other another thing things colour colours shape size texture
+    yes no nothing not true false circles squares triangles stars crosses diamonds rings hearts
+    picture pictures both two three four five six more fewer than has have same different exactly only neither each all in
+    an at least most with as that them side between middle moves moving appears up down first then last
+"""
+WORDS = tuple(sorted({*CAPTION_WORDS, *_OTHER_WORDS.split()}))
+"""The words of captions, questions, answers, statements and dialogues: the vocabulary of the world has each whole, so
+that a model which was pre-trained on captions has a place for all that it will be asked."""
 
 
 def _grammar() -> re.Pattern[str]:
     def one_of(kind: str) -> str:
-        phrases = [phrase for value in _VALUES[kind] for phrase in _spoken(value)]
+        phrases = [phrase for value in VALUES[kind] for phrase in spoken(value)]
         return "(?:" + "|".join(phrases + list(LONG.values()) * (kind == "relation")) + ")"
 
     size, colour, texture, shape, relation = (
@@ -91,7 +98,7 @@ def caption(said: Description, rng: random.Random) -> str:
         relation = stated[a, b]
         if len(order) < 3 and relation in LONG and rng.random() < 0.3:
             return LONG[relation]
-        return rng.choice(_spoken(relation))
+        return rng.choice(spoken(relation))
 
     if len(order) == 3 and rng.random() < 0.5:  # from the middle: B r A and r C
         a, b, c = order
@@ -117,7 +124,7 @@ def captions(said: Description, rng: random.Random, count: int) -> list[str]:
 
 
 def _noun_phrase(thing: Thing, rng: random.Random) -> str:
-    shape, colour, size, texture = (rng.choice(_spoken(value or "")) for value in thing)
+    shape, colour, size, texture = (rng.choice(spoken(value or "")) for value in thing)
     if rng.random() < 0.25:
         return f"a {size} {texture} {colour} {shape}"
     return f"a {size} {colour} {texture} {shape}"
@@ -169,7 +176,7 @@ def wrong_attribute(said: Description, rng: random.Random, excluded: AbstractSet
             background = rng.choice([value for value in BACKGROUNDS if value != background])
         else:
             at = rng.randrange(len(things))
-            wrong = rng.choice([value for value in _VALUES[kind] if value != getattr(things[at], kind)])
+            wrong = rng.choice([value for value in VALUES[kind] if value != getattr(things[at], kind)])
             things[at] = things[at]._replace(**{kind: wrong})
         changed = Description(tuple(things), tuple(relations), background)
         one_colour_each = len({thing.colour for thing in things}) == len(things)

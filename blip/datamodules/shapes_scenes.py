@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import simplejpeg
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
 SIZES = ("small", "big")
@@ -43,6 +44,7 @@ RESERVED = dict(
 )
 
 SIDE = 64
+JPEG_QUALITY = 92
 EDGE = 1.5  # pixels kept free at the edges of the picture
 GAP = 2.0  # pixels at least between two neighbours
 # radius in pixels by the number of things and their size; a shape fills at least 0.9 of it in width and height
@@ -51,6 +53,11 @@ RADII = {
     2: {"small": (8.0, 9.5), "big": (12.5, 14.5)},
     3: {"small": (6.75, 7.4), "big": (9.3, 10.8)},
 }
+
+
+def seeded(*key: int | str) -> random.Random:
+    """The draws of one thing that is made: a stream of its own for each key."""
+    return random.Random("/".join(map(str, key)))
 
 
 class Thing(NamedTuple):
@@ -216,6 +223,11 @@ def render(scene: Scene, rng: random.Random) -> np.ndarray:
     top, left = rng.randrange(256 - SIDE), rng.randrange(256 - SIDE)
     picture += rng.uniform(0.5, 2.5) * _GRAIN[top : top + SIDE, left : left + SIDE]
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+
+
+def jpeg(scene: Scene, rng: random.Random) -> bytes:
+    """The picture as a file."""
+    return simplejpeg.encode_jpeg(render(scene, rng), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
 
 
 def _jitter(rng: random.Random, colour: tuple[int, int, int]) -> np.ndarray:

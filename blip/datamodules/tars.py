@@ -1,10 +1,12 @@
 """WebDataset shards as we write them: equal samples, equal bytes, and a shard that is there is whole."""
 
 import io
+import json
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_tar(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
@@ -37,3 +39,8 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]
     finally:
         partial.unlink(missing_ok=True)
     return len(keys)
+
+
+def as_json(record: Any) -> bytes:
+    """A record as the bytes of its KEY.json."""
+    return json.dumps(record, separators=(",", ":")).encode()
