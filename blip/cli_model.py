@@ -1,4 +1,4 @@
-"""Commands that use a model on pictures: `blip caption|match|embed MODEL PICTURES...`, one JSON line a picture.
+"""Commands that use a model on pictures: `blip caption|match|embed MODEL PICTURES...`, one JSON line a picture, and `blip search`.
 
 Pictures are files, folders, patterns and tar shards. A file that gives no picture is told of at the end and hurts no other.
 With --out a command that was stopped goes on where it was when it is started again: pictures that have a line are left alone, half a
@@ -45,6 +45,14 @@ def add_model(commands: Any) -> None:
     match.add_argument("--text", action="append", required=True, help="a text; give it several times for several texts")
 
     _command(commands, "embed", "give vectors to search with", embed_pictures)
+
+    search = commands.add_parser("search", help="find pictures by words", description=search_pictures.__doc__)
+    search.add_argument("model", metavar="MODEL", help="the model that `blip embed` was given")
+    search.add_argument("vectors", type=Path, metavar="VECTORS", help="the file that `blip embed --out` wrote")
+    search.add_argument("text", nargs="+", metavar="TEXT", help="what to look for")
+    search.add_argument("--top", type=int, default=10, help="pictures for each text (default: %(default)s)")
+    search.add_argument("--tokenizer", help="vocab.txt or tokenizer.json, where the checkpoint holds none")
+    search.set_defaults(run=search_pictures)
 
 
 def _command(commands: Any, name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
@@ -103,6 +111,34 @@ def embed_pictures(options: argparse.Namespace) -> int:
     return _run(options, say, {})
 
 
+def search_pictures(options: argparse.Namespace) -> int:
+    """Finds the pictures that fit a text best among those of `blip embed`: {"text", "found": [{"picture", "cosine"}]}."""
+    import numpy as np
+
+    from blip.api import load
+
+    beside = _settings_of(options.vectors)
+    if not (options.vectors.is_file() and beside.is_file()):
+        raise ValueError(
+            f"{options.vectors}: make it first, with `blip embed MODEL PICTURES... --out {options.vectors}`"
+        )
+    if options.top < 1:
+        raise ValueError(f"--top {options.top}: at least 1")
+    model = load(options.model, options.tokenizer)
+    if json.loads(beside.read_text(encoding="utf-8")).get("model") != model.fingerprint:
+        raise ValueError(f"{options.vectors} was made by another model than {options.model}: embed the pictures anew")
+    with open(options.vectors, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    if not rows:
+        raise ValueError(f"{options.vectors}: no picture there")
+    cosines = np.array([row["embedding"] for row in rows], np.float32) @ model.embed_text(options.text).T  # [B, R]
+    for text, cosine in zip(options.text, cosines.T, strict=True):
+        best = np.argsort(-cosine, kind="stable")[: options.top]
+        found = [{"picture": rows[i]["picture"], "cosine": round(float(cosine[i]), 6)} for i in best]
+        print(json.dumps({"text": text, "found": found}, ensure_ascii=False))
+    return 0
+
+
 # the run over many pictures -------------------------------------------------------------------------------------------
 
 
@@ -148,7 +184,7 @@ def _lines(out: Path | None, settings: dict[str, Any]) -> Iterator[tuple[IO[str]
     if out is None:
         yield sys.stdout, set()
         return
-    beside = out.with_name(f"{out.name}.settings.json")
+    beside = _settings_of(out)
     said = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
     before = beside.read_text(encoding="utf-8") if beside.is_file() else "{}"
     if out.exists() and out.stat().st_size and before != said:
@@ -173,6 +209,10 @@ def _lines(out: Path | None, settings: dict[str, Any]) -> Iterator[tuple[IO[str]
         yield file, done
         file.flush()
         os.fsync(file.fileno())
+
+
+def _settings_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.settings.json")
 
 
 class _Progress:

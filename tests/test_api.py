@@ -16,7 +16,7 @@ import torch
 
 import blip
 from blip.api import Model
-from blip.cli_model import add_model
+from blip.cli import parser
 from blip.modules.blip import BLIP, BLIPConfig
 from blip.modules.checkpoint import convert, nodes
 from blip.modules.vit import normalize
@@ -170,11 +170,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> int:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_model(parser.add_subparsers())
-    options = parser.parse_args([str(argument) for argument in arguments])
+    options = parser().parse_args([str(argument) for argument in arguments])
     return options.run(options)
 
 
@@ -227,3 +223,19 @@ def test_nothing_but_broken_pictures_is_a_failure(
 def test_an_input_that_names_nothing_is_told(saved: Callable[..., Path], tmp_path: Path):
     with pytest.raises(ValueError, match="no such file, folder or pattern"):
         run("embed", saved(), tmp_path / "*.jpg")
+
+
+def test_a_search_finds_what_the_cosines_say_and_refuses_another_models_vectors(
+    saved: Callable[..., Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    path, vectors = saved(), tmp_path / "vectors.jsonl"
+    run("embed", path, folder, "--out", vectors)
+    capsys.readouterr()
+    assert run("search", path, vectors, "a dog", "--top", 2) == 0
+    found = json.loads(capsys.readouterr().out)["found"]
+    names = [row["picture"] for row in rows(vectors)]
+    model = blip.load(path)
+    cosines = np.array([row["embedding"] for row in rows(vectors)]) @ model.embed_text("a dog")
+    assert [each["picture"] for each in found] == [names[i] for i in np.argsort(-cosines)[:2]]
+    with pytest.raises(ValueError, match="another model"):
+        run("search", saved(decoder=False), vectors, "a dog")
