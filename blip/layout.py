@@ -77,6 +77,20 @@ class TextLayout:
         index = torch.cat([place(self, 0), place(other, 1)])
         return TextLayout(index, mask, torch.cat([self.firsts, other.firsts + self.index.shape[0]]))
 
+    def folded(self, row: Tensor, rows: int) -> TextLayout:
+        """The same tokens on a grid where text r stands in row[r] (ascending) of `rows`, all rows as wide as the fullest.
+
+        However many texts look at each of several things, they fold into its row of queries. Waits for the device.
+        """
+        counts = torch.bincount(row, minlength=rows)
+        width = max(1, int(counts.max()))
+        place = row * width + torch.arange(self.rows, device=row.device) - (counts.cumsum(0) - counts)[row]  # [R]
+        mask = self.mask.new_zeros(rows * width, self.longest)
+        mask[:, 0] = True  # a place without a text looks at itself, so that no row of a softmax is empty
+        mask[place] = self.mask
+        index = place[self.index // self.longest] * self.longest + self.index % self.longest
+        return TextLayout(index, mask, self.firsts)
+
     def followed(self) -> Tensor:
         """Places of the packed tokens that another token of their text follows, [T - R]; no wait for the device.
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blip.modules.blip import BLIP, BLIPConfig
+from blip.modules.blip import BLIP, Backbone, BLIPConfig
 from blip.modules.med import MEDConfig
 from blip.modules.momentum import MomentumEncoder, Queue
 from blip.modules.names import RELEASED, from_released, released_names, to_released
+from blip.modules.nlvr import NLVR
 from blip.modules.vit import ViTConfig
 from blip.text import Tokenizer
 from tests.golden import check, main
@@ -28,7 +29,9 @@ def test_shipped_cases_agree(name: str):
     assert check(CASES / name, lines.append), "\n".join(lines)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "captioner", "feature_extractor", "itm", "interpolate_pos_embed"])
+@pytest.mark.parametrize(
+    "name", ["pretrain", "captioner", "feature_extractor", "itm", "nlvr", "retrieval", "interpolate_pos_embed"]
+)
 def test_reference_cases_agree(reference: Path, name: str):
     lines: list[str] = []
     assert check(reference / "golden" / name, lines.append), "\n".join(lines)
@@ -104,10 +107,17 @@ def config(size: str, image_size: int, share: str = "all_but_sa") -> BLIPConfig:
     return BLIPConfig(vit, med, 256, 0.07, 30522, 30523)
 
 
+def network(size: str, kind: str, image_size: int) -> Backbone:
+    """The model whose weights a file of this kind holds."""
+    if kind == "nlvr":
+        return NLVR(config(size, image_size), merge_from=6)
+    return BLIP(config(size, image_size), encoder=kind != "captioner", decoder=kind in ("pretrain", "captioner"))
+
+
 def state(size: str, kind: str, image_size: int) -> dict[str, torch.Tensor]:
     """A state dict of ours, without memory, with what a file of this kind is made of."""
     with torch.device("meta"):
-        model = BLIP(config(size, image_size), encoder=kind != "captioner", decoder=kind in ("pretrain", "captioner"))
+        model = network(size, kind, image_size)
         tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
         if "queue" in RELEASED[kind]:
             tensors |= {f"momentum.{n}": t for n, t in MomentumEncoder(model, True).state_dict().items()}
@@ -133,9 +143,7 @@ def test_released_files_have_the_released_keys_and_shapes(reference: Path, kind:
 def test_parameters_are_counted_as_in_the_released_models(reference: Path, size: str, kind: str):
     row = json.loads((reference / "golden" / "sizes.json").read_text())[size][kind]
     with torch.device("meta"):
-        model = BLIP(
-            config(size, row["image_size"]), encoder=kind != "captioner", decoder=kind in ("pretrain", "captioner")
-        )
+        model = network(size, kind, row["image_size"])
     kept = set(to_released(state(size, kind, row["image_size"]), kind)[0])
     unique = {
         id(p): p.numel()

@@ -1,4 +1,4 @@
-"""The whole model: image encoder, MED, the two projections into the common space, and the matching head."""
+"""The whole model: image encoder and MED, which every task has, then the heads of pre-training."""
 
 from __future__ import annotations
 
@@ -34,25 +34,42 @@ class BLIPConfig:
                 raise ValueError(f"{name}={getattr(self, name)} lies outside the vocabulary of {self.med.vocab_size}")
 
 
-class BLIP(nn.Module):
-    """Image encoder and MED with the heads of the three objectives (paper figure 2)."""
+class Backbone(nn.Module):
+    """Image encoder and MED, without heads but MED's own."""
 
     def __init__(self, config: BLIPConfig, encoder: bool = True, decoder: bool = True) -> None:
         super().__init__()
         self.config = config
         self.visual_encoder = VisionTransformer(config.vit)
         self.med = MED(config.med, encoder, decoder)
-        if encoder:
-            self.vision_proj = nn.Linear(config.vit.width, config.embed_width)
-            self.text_proj = nn.Linear(config.med.width, config.embed_width)
-            self.itm_head = nn.Linear(config.med.width, 2)
-            self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
 
     def compile(self, compiler: Callable[[Callable], Callable]) -> None:  # type: ignore[override]
         """Replaces the image encoder and each mode of MED by what `compiler` makes of them."""
         self.visual_encoder.forward = compiler(self.visual_encoder.forward)  # type: ignore[method-assign]
         self.med.encode = compiler(self.med.encode)  # type: ignore[method-assign]
         self.med.decode = compiler(self.med.decode)  # type: ignore[method-assign]
+
+    def image_states(self, image: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, S, S] to states [B, N, D]; clips [B, F, 3, S, S] to those of all frames, [B, F*N, D]."""
+        if image.dim() == 4:
+            return self.visual_encoder(image)
+        return self.visual_encoder(image.flatten(0, 1)).unflatten(0, image.shape[:2]).flatten(1, 2)
+
+    def lm_states(self, input_ids: Tensor, layout: TextLayout, cross: list[CrossKV]) -> Tensor:
+        """Texts looking at something to the decoder's states [T, D]; mode `decoder`, [DEC] replaces [CLS]."""
+        return self.med.decode(input_ids.index_fill(0, layout.firsts, self.config.dec_id), layout, cross)
+
+
+class BLIP(Backbone):
+    """The backbone with the heads of the three objectives (paper figure 2)."""
+
+    def __init__(self, config: BLIPConfig, encoder: bool = True, decoder: bool = True) -> None:
+        super().__init__(config, encoder, decoder)
+        if encoder:
+            self.vision_proj = nn.Linear(config.vit.width, config.embed_width)
+            self.text_proj = nn.Linear(config.med.width, config.embed_width)
+            self.itm_head = nn.Linear(config.med.width, 2)
+            self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
 
     def image_features(self, image_states: Tensor) -> Tensor:
         """[B, N, D] to unit vectors [B, E], float32."""
@@ -67,7 +84,3 @@ class BLIP(nn.Module):
         """Texts looking at pictures to logits [R, 2], index 1 = match; mode `multimodal`, [ENC] replaces [CLS]."""
         input_ids = input_ids.index_fill(0, layout.firsts, self.config.enc_id)
         return at_least_float32(self.itm_head(self.med.encode(input_ids, layout, cross)[layout.firsts]))
-
-    def lm_states(self, input_ids: Tensor, layout: TextLayout, cross: list[CrossKV]) -> Tensor:
-        """Texts looking at pictures to the decoder's states [T, D]; mode `decoder`, [DEC] replaces [CLS]."""
-        return self.med.decode(input_ids.index_fill(0, layout.firsts, self.config.dec_id), layout, cross)

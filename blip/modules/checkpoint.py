@@ -41,6 +41,7 @@ class Report:
 
     title: str
     loaded: list[str] = field(default_factory=list)
+    copied: dict[str, str] = field(default_factory=dict)  # name -> where to, besides
     resized: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)  # name -> why
     missing: dict[str, str] = field(default_factory=dict)  # name -> what it is instead
@@ -50,7 +51,7 @@ class Report:
         for words, names in _grouped((part(name), name) for name in self.loaded):
             lines.append(f"  loaded   {words}: {len(names)} tensor{'s' * (len(names) != 1)}")
         lines += [f"  resized  {name}: {how}" for name, how in self.resized.items()]
-        for label, rows in (("dropped", self.dropped), ("missing", self.missing)):
+        for label, rows in (("copied ", self.copied), ("dropped", self.dropped), ("missing", self.missing)):
             for why, names in _grouped((why, name) for name, why in rows.items()):
                 lines.append(f"  {label}  {listed(names)}: {why}")
         return "\n".join(lines)
@@ -196,6 +197,8 @@ def sizes(
     patch = 2**convolutions if convolutions else shape(f"{vit}patch_embed.proj.weight")[-1]
     text_width = shape(f"{text}0.self_attention.out.weight")[0]
     vocabulary = shape("model.med.embeddings.word.weight")[0]
+    look = f"{text}0.cross_attention."
+    look += "halves.0." if f"{look}halves.0.key_value.weight" in tensors else ""  # NLVR2's twin
     projection = tensors.get("model.vision_proj.weight")
     temperature = tensors.get("model.temperature")
     return BLIPConfig(
@@ -216,7 +219,7 @@ def sizes(
             heads=head_count(text_width, 1),
             mlp_width=shape(f"{text}0.feed_forward.fc1.weight")[0],
             positions=shape("model.med.embeddings.position.weight")[0],
-            look_width=shape(f"{text}0.cross_attention.key_value.weight")[1],
+            look_width=shape(f"{look}key_value.weight")[1],
             share=_share(tensors),
             dropout=dropout,
             attention_dropout=dropout,

@@ -30,6 +30,18 @@ CROSS_ATTENTION = [
     ("out.*", "crossattention.output.dense.*"),
     ("norm.*", "crossattention.output.LayerNorm.*"),
 ]
+TWIN = [  # NLVR2's: one for each picture, and what makes one of both
+    *[
+        row
+        for half in "01"
+        for row in (
+            (f"halves.{half}.query.*", f"crossattention.self{half}.query.*"),
+            (f"halves.{half}.key_value.*", f"crossattention.self{half}.key.* crossattention.self{half}.value.*"),
+            (f"halves.{half}.out.*", f"crossattention.output.dense{half}.*"),
+        )
+    ],
+    ("merge.*", "crossattention.output.merge_layer.*"),
+]
 FEED_FORWARD = [("fc1.*", "intermediate.dense.*"), ("fc2.*", "output.dense.*"), ("norm.*", "output.LayerNorm.*")]
 EMBEDDINGS = [
     ("word.weight", "word_embeddings.weight"),
@@ -74,11 +86,12 @@ _DECODER = "model.med.decoder.#."
 ROWS: list[tuple[str, list[str]]] = [
     *_under("model.visual_encoder.", "visual_encoder.", _SAME),
     *_text("model.med.encoder.#.", "model.med.embeddings.", "text_encoder.", "self_attention", "feed_forward"),
-    *_under("model.med.encoder.#.cross_attention.", "text_encoder.encoder.layer.#.", CROSS_ATTENTION),
+    *_under("model.med.encoder.#.cross_attention.", "text_encoder.encoder.layer.#.", CROSS_ATTENTION + TWIN),
     *_text(_DECODER, "model.med.decoder_embeddings.", "text_decoder.bert.", "self_attention", "feed_forward"),
     *_under(f"{_DECODER}cross_attention.", "text_decoder.bert.encoder.layer.#.", CROSS_ATTENTION),
     *_under("model.med.lm_head.", "text_decoder.cls.predictions.", LM_HEAD),
     *[(f"model.{name}.*", [f"{name}.*"]) for name in ("vision_proj", "text_proj", "itm_head")],
+    ("model.nlvr_head.#.*", ["cls_head.#.*"]),
     ("model.temperature", ["temp"]),
     *_under("momentum.visual_encoder.", "visual_encoder_m.", _SAME),
     *[(f"momentum.{name}.*", [f"{name}_m.*"]) for name in ("vision_proj", "text_proj")],
@@ -113,13 +126,17 @@ def _rename_vision(tensors: Mapping[str, Tensor], table: list[tuple[re.Pattern[s
 
 # parts: what a file or a model has or lacks -----------------------------------------------------------------------------
 
+TWINS, MERGES, NLVR_HEAD = "twin cross-attention", "merge layers", "NLVR2 head"
 _PARTS = {
     r"model\.visual_encoder\.": "image encoder",
     r"model\.med\.embeddings\.": "text embeddings",
+    r"model\.med\.encoder\.\d+\.cross_attention\.halves\.": TWINS,
+    r"model\.med\.encoder\.\d+\.cross_attention\.merge\.": MERGES,
     r"model\.med\.encoder\.": "text encoder",
     r"model\.med\.(decoder|decoder_embeddings|lm_head)\.": "text decoder",
     r"model\.(vision|text)_proj\.": "ITC projections",
     r"model\.itm_head\.": "ITM head",
+    r"model\.nlvr_head\.": NLVR_HEAD,
     r"model\.temperature$": "temperature",
     r"momentum\.": "momentum encoder",
     r"queue\.": "queue",
@@ -133,6 +150,7 @@ RELEASED = {  # what the files of the released classes hold
     "base": _ENCODER,
     "itm": _MATCHER,
     "retrieval": (*_MATCHER, *_STATE),
+    "nlvr": (*_ENCODER, TWINS, MERGES, NLVR_HEAD),
 }
 TRANSFORMERS = {
     "BlipForConditionalGeneration": ("image encoder", "text decoder"),
@@ -269,9 +287,12 @@ def _only(
     if kind not in kinds:
         raise ValueError(f"the {layout} layout has no task {kind!r}; choose one of {', '.join(kinds)}")
     kept = {name: tensor for name, tensor in ours.items() if part(name) in kinds[kind]}
-    lacking = [words for words in kinds[kind] if words not in {part(name) for name in kept}]
+    has = {part(name) for name in ours}
+    lacking = [words for words in kinds[kind] if words not in has | {MERGES}]  # a shallow NLVR2 model merges nowhere
     if lacking:
         raise ValueError(f"a {layout} {kind} file needs what this model lacks: {', '.join(lacking)}")
+    if TWINS in has and TWINS not in kinds[kind]:
+        raise ValueError(f"a {layout} {kind} file has one cross-attention in a block, and not NLVR2's two")
     homeless = [n for n in kept if part(n) != "queue" and not any(p.fullmatch(n) for p, _ in _FROM_OURS)]
     if homeless:
         raise ValueError(

@@ -16,6 +16,7 @@ from blip.modules.blip import BLIP
 from blip.modules.checkpoint import Weights, blip_config, convert, load, nodes, read, sizes
 from blip.modules.momentum import MomentumEncoder, Queue
 from blip.modules.names import RELEASED, TRANSFORMERS, from_released, from_transformers, to_released, to_transformers
+from blip.modules.nlvr import NLVR, merges_from
 from blip.text import Tokenizer
 from tests.modules.small import small_config, small_model
 
@@ -30,6 +31,14 @@ def state(share: str = "all_but_sa") -> dict[str, torch.Tensor]:
     queue.enqueue(torch.ones(2, 16), torch.ones(2, 16), torch.tensor([4, 5]))
     parts = {"model": model, "momentum": MomentumEncoder(model, dropout=True), "queue": queue}
     return {f"{prefix}.{n}": t for prefix, part in parts.items() for n, t in part.state_dict().items()}
+
+
+def nlvr_state() -> dict[str, torch.Tensor]:
+    """An NLVR2 model whose second block merges."""
+    torch.manual_seed(0)
+    return {
+        f"model.{name}": tensor for name, tensor in NLVR(small_config(), merge_from=1).double().state_dict().items()
+    }
 
 
 def weights(tensors: dict[str, torch.Tensor]) -> Weights:
@@ -51,7 +60,7 @@ def vocabulary() -> str:
 
 @pytest.mark.parametrize("kind", list(RELEASED))
 def test_a_released_file_of_each_kind_comes_back_as_it_went(kind: str):
-    ours = state()
+    ours = nlvr_state() if kind == "nlvr" else state()
     released, left = to_released(ours, kind)
     back, dropped = from_released(released)
     kept = {n: t for n, t in ours.items() if n not in left}
@@ -61,6 +70,23 @@ def test_a_released_file_of_each_kind_comes_back_as_it_went(kind: str):
         assert torch.equal(back[name], tensor), name
     assert set(back) - set(kept) <= {n for n in back if n.startswith("model.med.embeddings.")}
     assert all("position_ids" in n or "text_encoder_m" in n for n in dropped)
+
+
+def test_a_shallow_nlvr_model_merges_nowhere_and_its_file_comes_back():
+    torch.manual_seed(0)
+    ours = {f"model.{n}": t for n, t in NLVR(small_config(), merge_from=6).state_dict().items()}
+    assert merges_from(ours) == 2
+    assert merges_from(nlvr_state()) == 1
+    back, _ = from_released(to_released(ours, "nlvr")[0])
+    assert back.keys() == ours.keys()
+    assert sizes(ours, HEADS, dropout=0.0).med.look_width == 48
+
+
+@pytest.mark.parametrize(("to", "kind"), [(to_released, "base"), (to_transformers, "BlipForImageTextRetrieval")])
+def test_two_cross_attentions_do_not_go_where_one_belongs(to, kind: str):
+    ours = state() | nlvr_state()
+    with pytest.raises(ValueError, match=f"a .* {kind} file has one cross-attention in a block, and not NLVR2's two"):
+        to(ours, kind)
 
 
 @pytest.mark.parametrize("kind", list(TRANSFORMERS))
