@@ -77,7 +77,7 @@ def test_flickrs_token_file_is_cut_by_a_list_of_names(tmp_path: Path):
     built, records, _ = shards("flickr", [images, tokens, listed], tmp_path / "test")
     assert records == {"10": {"captions": ["Two men .", "Men talk ."]}, "12": {"captions": ["A cat"]}}
     assert built.left_out == [("picture without a caption", "99")]
-    with pytest.raises(ValueError, match="line 1: NAME.jpg#NUMBER, a tab and a caption"):
+    with pytest.raises(ValueError, match=r"line 1: NAME\.jpg#NUMBER, a tab and a caption"):
         shards("flickr", [images, write(tmp_path / "x.token", "10.jpg Two men\n")], tmp_path / "none")
 
 

@@ -22,6 +22,7 @@ from blip.datamodules.images import MAX_BYTES, ImageError, decode
 from blip.datamodules.layouts.media import CLIP_ENDINGS, PICTURE_ENDINGS, Media
 from blip.datamodules.scan import MAX_TEXT_BYTES
 from blip.datamodules.tars import write_tar
+from blip.datamodules.video import MAX_CLIP_BYTES
 from blip.text import clean_caption
 
 LEFT_OUT = "left_out.jsonl"
@@ -196,7 +197,7 @@ def _read(names: tuple[str, ...], media: Media, clips: bool) -> tuple[str, bytes
     if len(files) != 1:
         raise _LeaveOutError(f"{thing} name is ambiguous" if files else f"{thing} is missing", names[0])
     try:
-        data = media.read(files[0], MAX_BYTES)
+        data = media.read(files[0], MAX_CLIP_BYTES if clips else MAX_BYTES)
         return _clip_ending(data) if clips else _picture_ending(data), data
     except ImageError as error:
         raise _LeaveOutError(f"{thing} {error.reason}", files[0].name) from None
