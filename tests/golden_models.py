@@ -17,7 +17,6 @@ from torch import Tensor
 from blip.layout import TextLayout
 from blip.modules.blip import BLIP, BLIPConfig
 from blip.modules.checkpoint import Weights, load, nodes, sizes
-from blip.modules.losses import lm_loss
 from blip.modules.names import from_released, released_names
 from blip.modules.vit import resize_position_embedding
 from blip.tasks import contrastive, pretrain
@@ -322,51 +321,6 @@ def contrasted(calls: dict[str, list]) -> dict[str, Tensor]:
 # the other cases ------------------------------------------------------------------------------------------------------
 
 
-def run_captioner(
-    out: Any,
-    folder: Path,
-    case: dict[str, Any],
-    tensors: dict[str, Tensor],
-    inputs: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> None:
-    train = case["train"]
-    ids, mask, targets = (inputs[f"train.{n}"] for n in ("input_ids", "attention_mask", "decoder_targets"))
-    model = _model(folder, case, tensors, dtype, encoder=False)
-    packed, layout = _texts(ids, mask)
-    masked = mask == 0
-    masked[:, : case["prompt_length"]] = True
-    told_ids = ids.index_fill(1, torch.tensor([0]), model.config.dec_id)
-    if not torch.equal(told_ids, inputs["train.decoder_input_ids"]) or not torch.equal(
-        told_ids.masked_fill(masked, -100), targets
-    ):
-        raise ValueError("decoder_input_ids or decoder_targets are not made of input_ids as the case says")
-    cross = model.med.look(model.visual_encoder(inputs["train.image"].to(dtype)), decoder=True)
-    states = model.lm_states(packed, layout, cross)
-    next_token = layout.pack(torch.cat([targets[:, 1:], torch.full_like(targets[:, :1], -100)], dim=1))
-    told = (next_token != -100).nonzero().flatten()
-    logits = model.med.lm_head(states)
-    loss = lm_loss(logits[told], next_token[told], train["label_smoothing"])
-    loss.backward()
-    gradients = _gradients(model)
-    out.tensors = {
-        "train.loss": loss,
-        "train.logits": layout.pad(logits),
-        "train.digest.grad": digest(gradients, case["digest_names"]["grad"]),
-        **{f"train.grad.{name}": gradient for name, gradient in gradients.items()},
-    }
-    out.masks = {"train.logits": (mask.bool(), PADDED)}
-    made = _ids(folder, case, train["captions"], train["max_length"], ids.shape[1])
-    out.lists = {
-        "train.captions": train["captions"] if torch.equal(made, ids) else made.tolist(),
-        "tied_groups": _same_groups(_tied(model, tensors), case["tied_groups"]),
-        "parameters_without_gradient": sorted(set(case["digest_names"]["grad"]) - set(gradients)),
-    }
-    decoding = "decoding comes with the caption task"
-    out.reasons = USED | {n: decoding for n in ("decoding", "greedy", "beam", "nucleus", "sample")}
-    out.reasons |= {"digest_names": "names of rows", "zero_gradient_parameters": "names of what float32 leaves out"}
-
-
 @torch.no_grad()
 def run_features(
     out: Any,
@@ -438,7 +392,6 @@ def run_positions(
 
 RUNS = {
     "pretrain": run_pretrain,
-    "captioner": run_captioner,
     "feature_extractor": run_features,
     "itm": run_itm,
     "interpolate_pos_embed": run_positions,

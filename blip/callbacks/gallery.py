@@ -13,7 +13,8 @@ class Gallery(L.Callback):
     """Draws `folder`/contact_sheet.png of the first `count` pictures of a test or of a validation run on its own.
 
     The task's `gallery(batch)` gives a list of {image: uint8 [H, W, 3], true, generated, best, worst}: the true caption, the
-    generated one, and the best and the worst match among the batch's texts. A task without that method gets no sheet.
+    generated one, and the best and the worst match among the batch's texts, or some of them. A task without that method gets
+    no sheet.
     """
 
     def __init__(self, folder: str, count: int) -> None:
@@ -52,7 +53,7 @@ LABELS = {"true": "true", "generated": "generated", "best": "best match by ITC",
 
 
 def draw_sheet(cards: list[dict[str, Any]], path: Path, columns: int = 4) -> None:
-    """Writes the cards as a grid of pictures with four lines of text under each."""
+    """Writes the cards as a grid of pictures with what is said of each under it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -67,7 +68,8 @@ def draw_sheet(cards: list[dict[str, Any]], path: Path, columns: int = 4) -> Non
         axes.set_axis_off()
     for axes, card in zip(grid, cards, strict=False):
         axes.imshow(card["image"], interpolation="nearest")
-        text = "\n".join(fill(f"{label}: {card[name]}", 46, max_lines=4) for name, label in LABELS.items())
+        told = (f"{label}: {card[name]}" for name, label in LABELS.items() if name in card)
+        text = "\n".join(fill(line, 46, max_lines=4) for line in told)
         axes.text(
             0, -0.04, text.replace("$", r"\$"), transform=axes.transAxes, va="top", fontsize=7, family="monospace"
         )
