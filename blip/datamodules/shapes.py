@@ -12,13 +12,8 @@ KEY.json is {"captions": [five texts; one on the web], "scene": {...}}, on the w
 Each pair is drawn from (seed, split, number) alone, so the bytes depend on nothing else.
 """
 
-import json
-import logging
-import os
 import random
-import shutil
 import string
-import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ProcessPoolExecutor
@@ -26,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from filelock import FileLock
 from tokenizers import Tokenizer
 
+from blip.datamodules.drawn import drawn
 from blip.datamodules.pairs import PairsDataModule
 from blip.datamodules.shapes_language import NOISE, WORDS, captions, noise
 from blip.datamodules.shapes_scenes import Scene, draw_scene, jpeg, seeded
@@ -42,8 +37,6 @@ VOCABULARY = 512
 HELD_OUT = ("val", "test", "reserved")
 FOLDERS = {"train": "human", "web": "web", **{split: split for split in HELD_OUT}}
 
-log = logging.getLogger(__name__)
-
 
 def write_world(folder: str | Path, seed: int, sizes: Mapping[str, int], processes: int = 2) -> Path:
     """Writes the world into `folder`, whole or not at all, and returns the folder; a world that is there is kept.
@@ -53,38 +46,11 @@ def write_world(folder: str | Path, seed: int, sizes: Mapping[str, int], process
     """
     if set(sizes) != set(FOLDERS) or min(sizes.values()) < 0:
         raise ValueError(f"sizes of the world: a number for each of {', '.join(FOLDERS)} is needed, got {dict(sizes)}")
-    folder = Path(folder).absolute()
     description = {"version": VERSION, "seed": seed, "sizes": {split: sizes[split] for split in FOLDERS}}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if _is_written(folder, description):
-            return folder
-        started = time.perf_counter()
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            _write(partial, description, processes)
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        log.info("drew %d pairs into %s in %.0f s", sum(sizes.values()), folder, time.perf_counter() - started)
-    return folder
+    return drawn(Path(folder).absolute(), description, lambda partial: _write(partial, seed, sizes, processes))
 
 
-def _is_written(folder: Path, description: dict) -> bool:
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
-    try:
-        found = json.loads((folder / "world.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds something else than a world: choose another folder") from None
-    if found != description:
-        raise ValueError(f"{folder} holds the world {found}, asked for is {description}: remove it or choose another")
-    return True
-
-
-def _write(folder: Path, description: dict, processes: int) -> None:
-    seed, sizes = description["seed"], description["sizes"]
+def _write(folder: Path, seed: int, sizes: Mapping[str, int], processes: int) -> None:
     scenes = held_out_scenes(seed, sizes)
     held_out = {scene.description.content for split in HELD_OUT for scene in scenes[split]}
 
@@ -101,7 +67,6 @@ def _write(folder: Path, description: dict, processes: int) -> None:
                     jobs.append(pool.submit(_write_training_shard, path, seed, split, things, numbers, held_out))
         texts = [text for job in jobs for text in job.result()]
     (folder / "tokenizer.json").write_text(train_vocabulary(texts).to_str(pretty=True))
-    (folder / "world.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def held_out_scenes(seed: int, sizes: Mapping[str, int]) -> dict[str, list[Scene]]:
