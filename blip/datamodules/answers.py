@@ -19,8 +19,9 @@ def frequent_answers(
 ) -> list[tuple[str, int]]:
     """(answer, of how many questions it is what most humans said), the most frequent first, down to `min_count` questions.
 
-    Of answers that as many humans gave, the one said first counts. This is how the lists in use were made: 3,129 answers
-    of VQA v2's training and validation parts have `min_count` 9. ValueError where there are no questions with answers.
+    Of answers that as many humans gave, the one said first counts. Answers count as they were written, for that is how a model
+    learns them; the lists of 3,129 answers in use are of normalised ones that settle 9 questions of VQA v2's training and
+    validation parts. ValueError where no question has an answer.
     """
     counts: Counter[str] = Counter()
     locations = expand(shards)

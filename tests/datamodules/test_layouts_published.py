@@ -12,6 +12,7 @@ import pytest
 from blip.cli import main
 from blip.datamodules.answers import frequent_answers
 from blip.datamodules.layouts.published import LAYOUTS
+from blip.datamodules.scan import scan
 from tests.datamodules.making import picture, tar_of
 from tests.datamodules.published import pictures, shards, write
 
@@ -128,6 +129,7 @@ def test_the_command_takes_folders_and_files_in_any_order_and_tells_what_it_made
         (["--layout", "nlvr2", "in", "out"], "no file of annotations (unpacked) among in; nlvr2 takes train.json"),
         (["--layout", "nlvr2", "x.json", "out"], "no folder or zip of pictures among x.json"),
         (["--layout", "nlvr2", "in", "y.json", "out"], "y.json: no such file or folder"),
+        (["--layout", "nocaps", "in", "x.json", "out", "--split-column", "a"], "--split-column is of an own file"),
         (["in", "x.json", "y.json", "out"], "IMAGES CAPTIONS OUT are three paths, not 4"),
         (["--layout", "blip_captions", "in", "x.json", "in"], "in: already there"),
     ],
@@ -177,3 +179,40 @@ def test_the_answer_list_holds_what_settles_questions_most_often(tmp_path: Path,
     assert "no question with an answer" in run(capsys, "data", "answers", tmp_path / "2.tar", "--out", out)[2]
     (tmp_path / "2.tar").write_bytes(b"no tar")
     assert "not a tar" in run(capsys, "data", "answers", tmp_path / "2.tar", "--out", out)[2]
+
+
+def test_names_that_would_harm_a_terminal_are_shown_harmless(tmp_path: Path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text(
+        json.dumps([{"image": name, "caption": "x"} for name in ("a.jpg", "\x1b[2J\n.jpg", "\ud83d.jpg", "é" * 999)])
+    )
+    folder = pictures(tmp_path / "in", ["a.jpg"])
+    status, said, _ = run(capsys, "data", "build", "--layout", "blip_captions", folder, path, tmp_path / "out")
+    assert status == 0
+    assert f"3 picture is missing: \\x1b[2J\\n.jpg, \\ud83d.jpg, {'é' * 300}" in said
+
+
+@pytest.mark.parametrize(
+    ("layout", "content", "names", "kind", "rows"),
+    [
+        ("blip_captions", [{"image": "a.jpg", "caption": ["one", "two"]}], ["a.jpg"], "pairs", 2),
+        ("blip_vqa", [{"question_id": 1, "question": "What?", "image": "a.jpg", "answer": ["x"]}], ["a.jpg"], "questions", 1),
+        ("blip_nlvr", [{"images": ["a.png", "b.png"], "sentence": "x", "label": "True"}], ["a.png", "b.png"], "statements", 1),
+        (
+            "visdial",
+            {"split": "val2018", "data": {"questions": ["is it"], "answers": ["yes", "no"], "dialogs": [
+                {"image_id": 1, "caption": "x", "dialog": [
+                    {"question": 0, "answer": 1, "answer_options": [0, 1], "gt_index": 1},
+                    {"question": 0, "answer": 0, "answer_options": [0, 1], "gt_index": 0},
+                ]}
+            ]}},
+            ["VisualDialog_val2018_000000000001.jpg"], "rounds", 2,
+        ),
+    ],
+)  # fmt: skip
+def test_readers_take_everything_that_was_built(tmp_path: Path, layout, content, names, kind, rows):
+    folder, path = pictures(tmp_path / "in", names), write(tmp_path / "x.json", content)
+    built, _, _ = shards(layout, [folder, path], tmp_path / "out")
+    found = scan(str(tmp_path / "out/00000.tar"), verify=True, records=kind)
+    assert (found.broken, found.skipped, found.texts) == ("", [], [rows])
+    assert sum(built.rows.values()) == rows

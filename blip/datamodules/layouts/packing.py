@@ -63,6 +63,10 @@ class Built:
     rows: Counter[str] = field(default_factory=Counter)
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
+    def leave_out(self, reason: str, name: str) -> None:
+        """Notes what is not written. Names come from strangers: of a length and in characters that can be shown."""
+        self.left_out.append((reason, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:300])))
+
     @property
     def captions(self) -> int:
         return self.rows["captions"]
@@ -112,7 +116,9 @@ def pack(
         if not built.pictures:
             raise ValueError(_nothing(media, built))
         if built.left_out:
-            lines = (json.dumps({"reason": reason, "name": name}) for reason, name in built.left_out)
+            lines = (
+                json.dumps({"reason": reason, "name": name}, ensure_ascii=False) for reason, name in built.left_out
+            )
             (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         folder.chmod(0o755)
         if out.exists():
@@ -138,13 +144,13 @@ def _samples(
         if progress is not None:
             progress(done, of)
         if isinstance(entry, LeftOut):
-            built.left_out.append(entry)
+            built.leave_out(*entry)
             continue
         try:
             suffix, text, rows = _text(entry, built)
             data = [_read(names, media, clips) for names in entry.media]
         except _LeaveOutError as error:
-            built.left_out.append(LeftOut(*error.args))
+            built.leave_out(*error.args)
             continue
         built.pictures += len(data)
         built.bytes += sum(len(one) for _, one in data)
@@ -170,7 +176,8 @@ def _text(entry: Entry, built: Built) -> tuple[str, bytes, Counter[str]]:
                 record[kind] = [caption.strip() for caption in given if says(caption)]
             elif kind != "rounds":  # those are one story, and an answer may stand without its question
                 record[kind] = [row for row in given if says(row[TEXTS[kind]])]
-            built.left_out += [LeftOut(f"{TEXTS[kind]} is empty", name)] * (len(given) - len(record[kind]))
+            for _ in range(len(given) - len(record[kind])):
+                built.leave_out(f"{TEXTS[kind]} is empty", name)
             if given and not record[kind]:
                 raise _LeaveOutError("nothing is said of it", name)
             rows[kind] = len(record[kind])
