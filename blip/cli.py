@@ -142,6 +142,8 @@ def build_shards(options: argparse.Namespace) -> int:
     *paths, out = options.paths
     rest = {"split": options.split, "shard_size": options.shard_size, "progress": _pictures_done}
     if options.layout is not None:
+        if options.split_column != "split":
+            raise ValueError("--split-column is of an own file of captions; published layouts have their own")
         built = published.build(options.layout, paths, out, **rest)
     elif len(paths) == 2:
         built = folder.build(paths[0], paths[1], out, split_column=options.split_column, **rest)
