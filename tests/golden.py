@@ -22,8 +22,9 @@ from tests import golden_models
 from tests.golden_captioner import run_captioner
 from tests.golden_nlvr import run_nlvr
 from tests.golden_retrieval import run_retrieval
+from tests.golden_vqa import run_vqa
 
-RUNS = golden_models.RUNS | {"captioner": run_captioner, "nlvr": run_nlvr, "retrieval": run_retrieval}
+RUNS = golden_models.RUNS | {"captioner": run_captioner, "nlvr": run_nlvr, "retrieval": run_retrieval, "vqa": run_vqa}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 

@@ -30,7 +30,7 @@ def test_shipped_cases_agree(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["pretrain", "captioner", "feature_extractor", "itm", "nlvr", "retrieval", "interpolate_pos_embed"]
+    "name", ["pretrain", "captioner", "feature_extractor", "itm", "nlvr", "retrieval", "vqa", "interpolate_pos_embed"]
 )
 def test_reference_cases_agree(reference: Path, name: str):
     lines: list[str] = []

@@ -77,3 +77,12 @@ def lm_loss(logits: Tensor, targets: Tensor, smoothing: float, count: Tensor | N
     """
     loss = F.cross_entropy(at_least_float32(logits), targets, reduction="sum", label_smoothing=smoothing)
     return loss / (max(targets.shape[0], 1) if count is None else count)
+
+
+def text_losses(logits: Tensor, targets: Tensor, text: Tensor, texts: int, smoothing: float) -> Tensor:
+    """Label-smoothed cross-entropy summed over the tokens of each text, [R]: -log P of the text where nothing is smoothed.
+
+    logits [M, V] and next tokens [M] as in `lm_loss`, `text` [M] the text that each belongs to, of `texts`.
+    """
+    losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none", label_smoothing=smoothing)
+    return losses.new_zeros(texts).index_add(0, text, losses)
