@@ -37,5 +37,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) torchvision
-	@$(PIP) -e ".[dev,video]"
+	@$(PIP) -e ".[dev,metrics,video]"
 	@touch $@

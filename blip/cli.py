@@ -9,6 +9,7 @@
     blip data vocabulary SHARDS... --out FILE   a WordPiece vocabulary learned from the captions of shards
     blip data check SHARDS...                   what is in shards, and whether it suffices for given ranks and workers
     blip convert IN OUT --to LAYOUT             a checkpoint in another layout: released, transformers or ours
+    blip score REFERENCES HYPOTHESES            BLEU, METEOR, ROUGE-L, CIDEr, SPICE of captions; VQA's accuracy with --vqa
 
 A user's mistake is one line on the error stream and status 1; a result goes to the output stream, progress to the other.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip.cli_model import add_model
+from blip.cli_score import add_score
 
 if TYPE_CHECKING:
     from blip.datamodules.index import Report, Spread
@@ -43,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     """The commands. Each group adds its own in one function, named here."""
     top = argparse.ArgumentParser(prog="blip", description="BLIP: pictures, data, checkpoints and scores.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_model, _add_data, _add_convert):
+    for add in (add_model, _add_data, _add_convert, add_score):
         add(commands)
     return top
 
