@@ -117,7 +117,7 @@ def draw_scene(
     for _ in range(10_000):
         description = _draw_description(rng, count, reserved)
         if description.content not in excluded:
-            return Scene(description, _place(rng, description))
+            return Scene(description, place(rng, description))
     raise ValueError(
         f"no scene of {count} things is left: {len(excluded)} contents are excluded; ask for smaller val, test, reserved"
     )
@@ -141,7 +141,7 @@ def _draw_description(rng: random.Random, count: int, reserved: bool) -> Descrip
     return Description(tuple(things), tuple(relations), rng.choice(tuple(BACKGROUNDS)))
 
 
-def _place(rng: random.Random, description: Description) -> tuple[tuple[float, float, float], ...]:
+def place(rng: random.Random, description: Description) -> tuple[tuple[float, float, float], ...]:
     """Centres and radii so that each stated relation is plain to see and nothing overlaps or leaves the picture."""
     ranges = [RADII[len(description.things)][thing.size or ""] for thing in description.things]
     room = SIDE - 2 * EDGE
