@@ -115,6 +115,8 @@ def test_every_key_of_every_node_is_one_that_its_target_takes(overrides: tuple[s
         assert not nameless, f"{group}: {nameless} have no _target_"
     for path, kind in DATACLASSES.items():
         node = OmegaConf.select(OmegaConf.create(plain), path)
+        if node is None:  # a task without objectives of its own
+            continue
         named = inspect.signature(kind).parameters
         assert node.keys() <= named.keys(), f"{path}: {kind.__name__} takes no {sorted(node.keys() - named.keys())}"
         missing = {n for n, p in named.items() if p.default is p.empty} - node.keys() - DERIVED.get(path, set())
