@@ -3,6 +3,7 @@
     import blip
     model = blip.load("runs/.../checkpoints/last.ckpt")         # ours, a released .pth, or a folder of transformers
     model.caption("photo.jpg").text
+    model.answer("photo.jpg", "what is on the table?").text      # of a model fine-tuned for questions
     model.match(["a.jpg", "b.jpg"], ["a dog", "a cat"])          # [2][2] of probability (ITM) and cosine (ITC)
     model.embed(pictures) @ model.embed_text(texts).T
 
@@ -37,7 +38,8 @@ from blip.modules.checkpoint import load as fill
 from blip.modules.generation import Decoding, generate, noise
 from blip.modules.names import part
 from blip.modules.vit import normalize
-from blip.text import Tokenizer, clean_caption
+from blip.modules.vqa import VQA, Candidates, rank
+from blip.text import Tokenizer, clean_caption, clean_question
 
 Picture = str | PathLike[str] | bytes | PIL.Image.Image | np.ndarray
 
@@ -45,8 +47,14 @@ PAPER = {  # section 5.3 of the released evaluation: beam search over 3, at most
     "strategy": "beam", "max_length": 20, "min_length": 5, "beams": 3, "top_p": 0.9, "top_k": 0, "temperature": 1.0,
     "repetition_penalty": 1.0, "no_repeat_ngram": 0, "length_penalty": 1.0, "length_counts": "all", "samples": 1,
 }  # fmt: skip
+ANSWERS = PAPER | {"max_length": 10, "min_length": 1}  # the same of answers, section 5.4
+FIRST, SMOOTHING = (
+    128,
+    0.1,
+)  # of ranking answers: how many come through their first token, and the training's smoothing, as released
 RELEASED_PROMPT = "a picture of"
 TEXTS_AT_ONCE = 512  # that go through ITM together
+MAX_QUESTION_WORDS = 50
 LIMITS = {"words": 30, "tokens": 35}  # of a text that is matched or embedded, where the checkpoint does not say
 
 
@@ -61,6 +69,14 @@ class Caption:
     log_prob: float
     mean_log_prob: float
     token_log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and its log-probability: of all its tokens, the end included; in ranking with the training's label smoothing."""
+
+    text: str
+    log_prob: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,10 @@ class Model:
             )
         config = replace(config, dec_id=tokenizer.dec_id, enc_id=tokenizer.enc_id)
         self.parts = {part(name) for name in weights.tensors}
-        self.network = BLIP(config, "ITM head" in self.parts, "text decoder" in self.parts)
+        answers = {"text encoder", "text decoder"} <= self.parts and "ITM head" not in self.parts
+        self.network: Any = (
+            VQA(config) if answers else BLIP(config, "ITM head" in self.parts, "text decoder" in self.parts)
+        )
         self.report = fill(self.network, weights)
         self.network.to(device).eval().requires_grad_(False)
         self.image_size = config.vit.image_size
@@ -134,7 +153,7 @@ class Model:
         what to change of the run's own decoding (else the paper's, `PAPER`): strategy (greedy, beam, nucleus), beams, top_p,
         samples, max_length, min_length ... as in `blip.modules.generation.Decoding`. Sampling draws from seed and picture.
         """
-        self._needs("text decoder")
+        self._needs("text decoder", no=VQA)
         how = self.decoding(**decoding)
         begun = self.prompt if prompt is None else prompt
         ids = [self.tokenizer.dec_id, *(self.tokenizer.encode([begun], how.max_length)[0][1:-1] if begun else [])]
@@ -153,6 +172,49 @@ class Model:
             return said if n == 1 else [said[i : i + n] for i in range(0, len(said), n)]
 
         return self._each(pictures, write)
+
+    def answer(
+        self,
+        pictures: Picture | Sequence[Picture],
+        questions: str | Sequence[str],
+        choices: Sequence[str] | None = None,
+        **decoding: Any,
+    ) -> Any:
+        """An `Answer` of each picture to each question: to one question one, to a list of questions a list.
+
+        choices: answers to choose from, ranked in two stages as released; else the answer is written, by beam search over 3
+        (`ANSWERS`) but for what `decoding` changes. For models that were fine-tuned for questions (experiment=vqa_129m).
+        """
+        if not isinstance(self.network, VQA):
+            raise ValueError(f"{self.path} was not fine-tuned for questions: it has no decoder that looks at questions")
+        network, tokenizer = self.network, self.tokenizer
+        wanted = [questions] if isinstance(questions, str) else list(questions)
+        if not wanted:
+            raise ValueError("answer: no question is given")
+        asked = tokenizer.encode([clean_question(text, MAX_QUESTION_WORDS) for text in wanted], LIMITS["tokens"])
+        how = Decoding(**{**ANSWERS, **decoding})
+        candidates = None
+        if choices is not None:
+            candidates = Candidates.of(tokenizer.encode(list(choices), how.max_length), self.device)
+
+        def say(image: Tensor, _: list[np.ndarray]) -> list[Any]:
+            count = image.shape[0]
+            ids = torch.tensor([i for text in asked for i in text] * count, device=self.device)
+            layout = TextLayout.from_lengths([len(text) for text in asked] * count).to(self.device)
+            # row by row the questions of a picture: they fold into one row of queries
+            looked = network.ask(ids, layout, network.med.look(network.visual_encoder(image)))
+            if candidates is None:
+                texts = generate(network.med, looked, [tokenizer.dec_id], how, tokenizer.sep_id, tokenizer.pad_id)
+                rows = zip(texts.ids.tolist(), texts.log_probs.sum(1).tolist(), strict=True)
+                said = [Answer(tokenizer.decode(row[1:]), log_prob) for row, log_prob in rows]
+            else:
+                ranking = rank(network, looked, candidates, FIRST, TEXTS_AT_ONCE, SMOOTHING)
+                best = zip(ranking.best.tolist(), ranking.scores.amax(1).tolist(), strict=True)
+                said = [Answer(choices[number], score) for number, score in best]  # type: ignore[index]
+            n = len(wanted)
+            return said if isinstance(questions, str) else [said[i : i + n] for i in range(0, len(said), n)]
+
+        return self._each(pictures, say)
 
     def match(self, pictures: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Any:
         """A `Match` of each picture with each text: for one text one, for a list of texts a list."""
@@ -226,9 +288,11 @@ class Model:
         value = OmegaConf.select(self.config, key)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
-    def _needs(self, *parts: str) -> None:
+    def _needs(self, *parts: str, no: type | None = None) -> None:
         if lacking := [words for words in parts if words not in self.parts]:
             raise ValueError(f"{self.path} has no {', no '.join(lacking)}, which this needs")
+        if no is not None and isinstance(self.network, no):
+            raise ValueError(f"{self.path} answers questions: its decoder looks at questions, not at pictures")
 
     def _quietly(self) -> AbstractContextManager[Any]:
         stack = ExitStack()

@@ -1,6 +1,7 @@
 """The `blip` command. Each command is a parser and a function that returns the exit status; what is heavy is imported there.
 
-    blip caption|match|embed MODEL PICTURES...  what a model says of pictures, a JSON line each
+    blip caption|answer|match|embed MODEL PICTURES...
+                                                what a model says of pictures, a JSON line each
     blip search MODEL VECTORS TEXT...           the pictures that fit a text best, among those embedded
     blip data index SHARDS...                   the index of tar shards, with every picture decoded once
     blip data build IMAGES CAPTIONS OUT         shards from a folder or zip of pictures and a file of captions

@@ -1,4 +1,4 @@
-"""Commands that use a model on pictures: `blip caption|match|embed MODEL PICTURES...`, one JSON line a picture, and `blip search`.
+"""Commands that use a model on pictures: `blip caption|answer|match|embed MODEL PICTURES...`, one JSON line a picture, and `blip search`.
 
 Pictures are files, folders, patterns and tar shards. A file that gives no picture is told of at the end and hurts no other.
 With --out a command that was stopped goes on where it was when it is started again: pictures that have a line are left alone, half a
@@ -41,6 +41,12 @@ def add_model(commands: Any) -> None:
     caption.add_argument("--samples", type=int, help="captions of each picture")
     caption.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
 
+    answer = _command(commands, "answer", "answer questions", answer_questions)
+    answer.add_argument("--question", action="append", required=True, help="a question; several times for several")
+    answer.add_argument(
+        "--answers", type=Path, help="a JSON list of answers to choose from (default: they are written)"
+    )
+
     match = _command(commands, "match", "tell how well texts fit", match_pictures)
     match.add_argument("--text", action="append", required=True, help="a text; give it several times for several texts")
 
@@ -82,6 +88,28 @@ def caption_pictures(options: argparse.Namespace) -> int:
         return [{"captions": [asdict(c) for c in (each if isinstance(each, list) else [each])]} for each in found]
 
     return _run(options, say, {"prompt": options.prompt, "seed": options.seed, **decoding})
+
+
+def answer_questions(options: argparse.Namespace) -> int:
+    """Answers questions: {"picture", "answers": [{"question", "answer", "log_prob"}]}."""
+    choices = None
+    if options.answers is not None:
+        choices = json.loads(options.answers.read_text(encoding="utf-8"))
+        if not (isinstance(choices, list) and choices and all(isinstance(each, str) for each in choices)):
+            raise ValueError(f"{options.answers}: no list of answers; `blip data answers` makes one")
+
+    def say(model: Model, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+        return [
+            {
+                "answers": [
+                    {"question": question, "answer": found.text, "log_prob": found.log_prob}
+                    for question, found in zip(options.question, row, strict=True)
+                ]
+            }
+            for row in model.answer(pixels, options.question, choices)
+        ]
+
+    return _run(options, say, {"question": options.question, "choices": choices})
 
 
 def match_pictures(options: argparse.Namespace) -> int:

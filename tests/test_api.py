@@ -20,6 +20,7 @@ from blip.cli import parser
 from blip.modules.blip import BLIP, BLIPConfig
 from blip.modules.checkpoint import convert, nodes
 from blip.modules.vit import normalize
+from blip.modules.vqa import VQA
 from blip.text import Tokenizer
 from tests.modules.small import small_config
 
@@ -38,9 +39,10 @@ def config() -> BLIPConfig:
 def saved(config: BLIPConfig, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Saves a random model as a checkpoint of ours, with the parts that are asked for."""
 
-    def save(encoder: bool = True, decoder: bool = True) -> Path:
+    def save(encoder: bool = True, decoder: bool = True, questions: bool = False) -> Path:
         torch.manual_seed(0)
-        state = {f"model.{name}": tensor for name, tensor in BLIP(config, encoder, decoder).state_dict().items()}
+        network = VQA(config) if questions else BLIP(config, encoder, decoder)
+        state = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
         path = tmp_path_factory.mktemp("model") / "last.ckpt"
         content = {"state_dict": state, "tokenizer": Tokenizer.load(VOCABULARY).to_json()}
         torch.save({**content, "config": json.dumps({"model": nodes(config)})}, path)
@@ -91,6 +93,27 @@ def test_matches_are_those_of_the_model_itself(model: Model):
             cosine = model.network.image_features(states) @ model.network.text_features(ids, layout).T
             assert found.probability == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-5)
             assert found.cosine == pytest.approx(cosine.item(), abs=1e-5)
+
+
+def test_an_answer_does_not_hang_on_the_questions_and_pictures_beside_it(saved: Callable[..., Path]):
+    model = blip.load(saved(questions=True))
+    several, wanted = [picture(n) for n in range(3)], ["what is it?", "how many dogs are on the old table?"]
+    choices = ["dog", "two dogs", "a man of the cat"]
+    for options in ({}, {"choices": choices}):
+        together = model.answer(several, wanted, **options)
+        for image, row in zip(several, together, strict=True):
+            for question, among in zip(wanted, row, strict=True):
+                alone = model.answer(image, question, **options)
+                assert alone.text == among.text
+                assert alone.log_prob == pytest.approx(among.log_prob, rel=1e-4)
+    assert {each.text for row in together for each in row} <= set(choices)
+
+
+def test_a_model_says_what_it_was_not_made_for(model: Model, saved: Callable[..., Path]):
+    with pytest.raises(ValueError, match="not fine-tuned for questions"):
+        model.answer(picture(0), "what is it?")
+    with pytest.raises(ValueError, match="answers questions"):
+        blip.load(saved(questions=True)).caption(picture(0))
 
 
 def test_log_probabilities_add_up(model: Model):
@@ -211,6 +234,16 @@ def test_a_file_begun_with_other_settings_is_not_gone_on_with(saved: Callable[..
     with pytest.raises(ValueError, match=r"other settings \(text\)"):
         run("match", model, folder, "--text", "a cat", "--out", out)
     assert out.read_bytes() == before
+
+
+def test_answers_are_chosen_from_a_file_of_answers(saved: Callable[..., Path], folder: Path, tmp_path: Path):
+    (tmp_path / "answers.json").write_text('["dog", "cat"]')
+    out, model = tmp_path / "out.jsonl", saved(questions=True)
+    run("answer", model, folder, "--question", "what is it?", "--answers", tmp_path / "answers.json", "--out", out)
+    assert {row["answers"][0]["answer"] for row in rows(out)} <= {"dog", "cat"}
+    (tmp_path / "answers.json").write_text('{"dog": 1}')
+    with pytest.raises(ValueError, match="no list of answers"):
+        run("answer", model, folder, "--question", "what is it?", "--answers", tmp_path / "answers.json")
 
 
 def test_nothing_but_broken_pictures_is_a_failure(
