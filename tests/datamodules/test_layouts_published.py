@@ -118,6 +118,15 @@ def test_the_command_takes_folders_and_files_in_any_order_and_tells_what_it_made
     assert str(tmp_path / "out/left_out.jsonl") in said
 
 
+def test_a_test_set_has_pictures_and_no_captions(tmp_path: Path, capsys):
+    folder = pictures(tmp_path / "test2014", ["COCO_test2014_000000000001.jpg"])
+    images = [{"id": 1, "file_name": "COCO_test2014_000000000001.jpg"}]
+    path = write(tmp_path / "image_info_test2014.json", {"images": images, "categories": []})
+    status, said, _ = run(capsys, "data", "build", "--layout", "coco_captions", folder, path, tmp_path / "out")
+    assert status == 0
+    assert "1 picture (0.0 MB), 0 captions, 1 shard" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -154,7 +154,7 @@ def _samples(
             continue
         built.pictures += len(data)
         built.bytes += sum(len(one) for _, one in data)
-        built.rows += rows
+        built.rows.update(rows)
         numbered = len(data) > 1
         members = {f"{number}.{ending}" if numbered else ending: one for number, (ending, one) in enumerate(data)}
         yield _key(entry.key, keys), members | {suffix: text}

@@ -10,12 +10,14 @@ from __future__ import annotations
 import csv
 import json
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 CHUNK = 1 << 20  # characters read at once
 MAX_RECORD = 50_000_000  # characters of one record
+NAMED = 20  # names that an error shows
 SPACE = " \t\r\n"
 
 
@@ -70,7 +72,7 @@ class Record:
     def _wrong(self, name: str, kind: str, found: Any) -> NoReturn:
         if name in self.value:
             raise ValueError(f"{self.where}: {name} is to be {kind}, not {_short(found)}")
-        raise ValueError(f"{self.where} has no {name} ({kind}); it has {', '.join(map(repr, self.value)) or 'nothing'}")
+        raise ValueError(f"{self.where} has no {name} ({kind}); it has {_names(self.value) or 'nothing'}")
 
 
 def items(path: Path, *names: str) -> Iterator[Item]:
@@ -85,25 +87,24 @@ def items(path: Path, *names: str) -> Iterator[Item]:
     with _open(path) as file:
         stream = _Stream(file, path)
         try:
-            for item in _walk(stream, path, "", set(names), opened, top):
+            for item in _walk(stream, "", set(names), opened, top):
                 seen = True
                 yield item
             stream.end()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     if not seen and not set(names) & set(top):
-        found = f"an object of {', '.join(top[:20])}" if top and top != [""] else "a list" if top else "an empty object"
+        found = f"an object of {_names(top)}" if top and top != [""] else "a list" if top else "an empty object"
         wanted = " and ".join(name or "a list of records" for name in names)
         raise ValueError(f"{path}: {wanted} expected, but it is {found}: a file of another layout?")
 
 
-def _walk(
-    stream: _Stream, path: Path, prefix: str, names: set[str], opened: set[str], top: list[str]
-) -> Iterator[Item]:
+def _walk(stream: _Stream, prefix: str, names: set[str], opened: set[str], top: list[str]) -> Iterator[Item]:
+    """The items of an object or list that begins here; `top` takes the names of all that was met."""
     mark = stream.peek()
     if mark == "[":
         top.append("")
-        yield from _elements(stream, path, "", "" in names)
+        yield from _elements(stream, "", "" in names)
         return
     stream.take("{")
     while stream.peek() != "}":
@@ -112,29 +113,30 @@ def _walk(
             stream.fail("a name is expected")
         stream.take(":")
         name = prefix + name
-        top.append(name)
+        if len(top) < NAMED or name in names:
+            top.append(name)
         mark = stream.peek()
         if mark == "[":
-            yield from _elements(stream, path, name, name in names)
+            yield from _elements(stream, name, name in names)
         elif mark == "{" and name in opened:
-            yield from _walk(stream, path, f"{name}.", names, opened, top)
+            yield from _walk(stream, f"{name}.", names, opened, top)
         else:
             value = stream.value(f"in {name}")
             if name in names:
-                yield Item(name, f"{path}: {name}", value)
+                yield Item(name, f"{stream.path}: {name}", value)
         if stream.peek() != "}":
             stream.take(",")
     stream.take("}")
 
 
-def _elements(stream: _Stream, path: Path, name: str, wanted: bool) -> Iterator[Item]:
+def _elements(stream: _Stream, name: str, wanted: bool) -> Iterator[Item]:
     stream.take("[")
     number = 0
     while stream.peek() != "]":
         where = f"{name}[{number}]" if name else f"record {number}"
         value = stream.value(f"in {where}")
         if wanted:
-            yield Item(name, f"{path}: {where}", value)
+            yield Item(name, f"{stream.path}: {where}", value)
         number += 1
         if stream.peek() != "]":
             stream.take(",")
@@ -252,6 +254,10 @@ class _Stream:
         rest = self.text[self.at :]
         chunk = self.file.read(max(CHUNK, len(rest)))  # twice as much each time: a long value is not tried too often
         self.text, self.at, self.ended = rest + chunk, 0, not chunk
+
+
+def _names(found: Iterable[str]) -> str:
+    return ", ".join(_short(name) for name in islice(found, NAMED))
 
 
 def _short(value: Any) -> str:
