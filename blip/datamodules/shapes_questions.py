@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from blip.datamodules.shapes_language import SLOTS, VALUES, spoken
 from blip.datamodules.shapes_scenes import INVERSE, RELATIONS, RESERVED, SHAPES, Scene, Thing
@@ -38,9 +38,9 @@ class Balance:
     """Which answers are due, so that none is more frequent than another among the same words, nor in a group."""
 
     def __init__(self) -> None:
-        self.counts: defaultdict[Hashable, Counter[str]] = defaultdict(Counter)
+        self.counts: defaultdict[Hashable, Counter[Hashable]] = defaultdict(Counter)
 
-    def takes(self, group: Hashable, words: Hashable, answer: str, shares: Mapping[str, int]) -> bool:
+    def takes(self, group: Hashable, words: Hashable, answer: Hashable, shares: Mapping[Any, int]) -> bool:
         """Whether `answer`, one of `shares` and as frequent as these say, is due; counted if so."""
 
         def due(key: Hashable, slack: int) -> bool:
@@ -62,7 +62,9 @@ def ask(scene: Scene, rng: random.Random, balance: Balance, count: int) -> list[
         candidates = list(_CANDIDATES[kind](scene, rng))
         rng.shuffle(candidates)
         for question in candidates:
-            if balance.takes(question.group, question.words, question.answer, dict.fromkeys(question.answers, 1)):
+            if balance.takes(
+                (kind, question.group), question.words, question.answer, dict.fromkeys(question.answers, 1)
+            ):
                 asked.append(question)
                 break
         if len(asked) == count:
