@@ -79,7 +79,8 @@ class Cache:
 
     def select(self, rows: Tensor) -> Cache:
         """A cache of the same room with the given rows [K] of this one."""
-        selected = Cache(len(rows), *self.key.shape[1:], like=self.key)
+        _, heads, length, head_width = self.key.shape
+        selected = Cache(len(rows), heads, length, head_width, self.key)
         selected.append(*(x[:, :, : self.filled].index_select(0, rows) for x in (self.key, self.value)))
         return selected
 

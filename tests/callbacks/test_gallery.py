@@ -19,6 +19,13 @@ def test_a_sheet_shows_every_picture_and_any_text(tmp_path: Path) -> None:
     assert set(colours) <= shown
 
 
+def test_a_card_tells_what_its_task_knows(tmp_path: Path) -> None:
+    draw_sheet(
+        [{"image": np.zeros((8, 8, 3), np.uint8), "true": "a cat", "generated": "a cow"}], tmp_path / "sheet.png"
+    )
+    assert (tmp_path / "sheet.png").exists()
+
+
 def test_no_cards_make_no_sheet(tmp_path: Path) -> None:
     draw_sheet([], tmp_path / "sheet.png")
     assert not (tmp_path / "sheet.png").exists()

@@ -73,7 +73,7 @@ def test_a_caption_has_no_prompt_and_a_log_probability_for_each_token() -> None:
 def test_what_is_drawn_for_a_picture_depends_on_its_key_and_the_seed_alone() -> None:
     model = small_model()
     image = pictures(3)
-    nucleus = {"strategy": "nucleus", "samples": 2, "top_p": 1.0}
+    nucleus: dict[str, Any] = {"strategy": "nucleus", "samples": 2, "top_p": 1.0}
 
     def drawn(keys: list[str], rows: list[int], seed: int = 0) -> list[list[str]]:
         made = evaluator(seed=seed, **nucleus).write(model, SimpleNamespace(image=image[rows], keys=keys))
