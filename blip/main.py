@@ -304,6 +304,9 @@ def execute(config: Path) -> None:
                 logging.getLogger(__name__).info("%s", report)
     if cfg.mode == "fit":
         trainer.fit(task, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
+        best = folder / "checkpoints" / "best.ckpt"
+        if best.exists():
+            task.load_weights(best)
         if datamodule.test_names:
             trainer.test(task, datamodule=datamodule, verbose=False)
     elif cfg.mode == "validate":
