@@ -1,6 +1,6 @@
 """Clips to frames: uniformly sampled, decoded by PyAV with one thread, within bounds that strangers' files cannot leave.
 
-Only the formats below are opened, told by the first bytes and never guessed, so that no playlist can name another file.
+PyAV is in the extra `video`. Only the formats below are opened, told by the first bytes and never guessed, so that no playlist can name another file.
 Like pictures, frames are seen as they are stored: rotation and pixel shape are ignored.
 """
 
@@ -16,6 +16,7 @@ from blip.datamodules.images import ImageError, resize_square
 MAX_CLIP_BYTES = 200_000_000  # of one clip's file
 MAX_FRAMES = 30_000  # 1,000 seconds at 30 a second
 MAX_FRAME_PIXELS = 9_000_000  # 4,096 x 2,160
+SOUND = 0.9  # share of the packets that must give frames
 MAX_PIXELS = 40_000_000_000  # of all frames that have to be decoded: 15,000 of 1,920 x 1,080
 
 
@@ -42,29 +43,41 @@ def frames_of(data: bytes, frames: int, size: int | None = None) -> list[np.ndar
     try:
         length = _length(av, data)
         wanted = sampled(length, frames)
-        with _opened(av, data) as container:
-            stream = container.streams.video[0]
-            # before it is decoded, for the header decides how much memory a frame takes
-            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            if (wanted[-1] + 1) * stream.width * stream.height > MAX_PIXELS:
-                raise ImageError("too costly", f"{length} frames of {stream.width} x {stream.height}")
-            found: dict[int, np.ndarray] = {}
-            for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
-                    if frame.is_corrupt:
-                        raise ImageError("damaged", f"frame {number} of {length}")
-                    pixels = frame.to_ndarray(format="rgb24")
-                    found[number] = pixels if size is None else resize_square(pixels, size)
-                if number >= wanted[-1]:
-                    break
+        found, seen = _decode(av, data, wanted, size)
+        if wanted[-1] not in found and seen >= SOUND * length:  # some codecs have packets that show nothing
+            wanted = sampled(seen, frames)
+            found, seen = _decode(av, data, wanted, size)
     except ImageError:
         raise
     except Exception as error:  # PyAV raises one class for each of libav's errors, and others where headers lie
         raise ImageError("damaged", f"{len(data)} bytes, {error or type(error).__name__}") from error
-    if missing := [number for number in wanted if number not in found]:
-        raise ImageError("cut short", f"frame {missing[0]} of {length} is not there")
+    if wanted[-1] not in found:
+        raise ImageError("cut short", f"{seen} frames of {length}")
     return [found[number] for number in wanted]
+
+
+def _decode(av: Any, data: bytes, wanted: list[int], size: int | None) -> tuple[dict[int, np.ndarray], int]:
+    """(the wanted frames by number, as many as there are; how many were decoded)"""
+    found: dict[int, np.ndarray] = {}
+    number = -1
+    with _opened(av, data) as container:
+        stream = container.streams.video[0]
+        # before a frame is decoded, for the header decides how much memory it takes
+        if stream.width * stream.height > MAX_FRAME_PIXELS:
+            raise ImageError("too large", f"frames of {stream.width} x {stream.height}")
+        if (wanted[-1] + 1) * stream.width * stream.height > MAX_PIXELS:
+            raise ImageError("too costly", f"{wanted[-1] + 1} frames of {stream.width} x {stream.height}")
+        stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # what follows may say otherwise
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                if frame.is_corrupt:
+                    raise ImageError("damaged", f"frame {number}")
+                pixels = frame.to_ndarray(format="rgb24")
+                found[number] = pixels if size is None else resize_square(pixels, size)
+            if number == wanted[-1]:
+                break
+    return found, number + 1
 
 
 def _length(av: Any, data: bytes) -> int:

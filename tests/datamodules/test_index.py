@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ import pytest
 
 from blip.datamodules import index as module
 from blip.datamodules.index import BrokenShardsError, build_index, open_index
-from tests.datamodules.making import pair, picture, tar_of, write_shards
+from tests.datamodules.making import clip, pair, picture, record, tar_of, write_records, write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -307,3 +308,109 @@ def test_an_opened_index_is_opened_anew_in_another_process_not_copied(tmp_path):
     sent = pickle.dumps(index)
     assert len(sent) < 1000
     assert pickle.loads(sent).fingerprint == index.fingerprint
+
+
+# records of other kinds
+
+ROWS = {"questions": "question", "statements": "sentence", "rounds": "question"}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_an_index_enumerates_the_entries_of_the_records_asked_for(tmp_path, kind):
+    write_records(tmp_path / "data", [3, 4], kind)
+    index = open_index(tmp_path / "data" / "*.tar", records=kind)
+    assert index.path.name.startswith(f"{kind}-")
+    assert (index.kind.name, len(index.pictures), len(index)) == (kind, 7, 14)
+    assert (index.report.records, index.report.texts) == (kind, 14)
+    assert open_index(tmp_path / "data" / "*.tar", records=kind).fingerprint == index.fingerprint
+    for number in range(7):
+        shard, (*pictures, text), is_json = index.places(number)
+        data = Path(index.location(shard)).read_bytes()
+        shown = [data[at : at + size] for at, size in pictures]
+        assert shown == [picture(number), picture(number + 500)][: 2 if kind == "statements" else 1]
+        assert f"number {number} text" in data[text[0] : sum(text)].decode()
+        assert is_json
+
+
+def test_the_same_shards_have_an_index_for_each_kind(tmp_path):
+    both = {"captions": ["one"], "questions": [{"id": i, "question": "q"} for i in range(3)]}
+    path = write(tmp_path / "data", {"a.png": picture(0), "a.json": json.dumps(both)})
+    pairs, questions = open_index(path), open_index(path, records="questions")
+    assert (len(pairs), len(questions)) == (1, 3)
+    assert pairs.path != questions.path
+    assert pairs.fingerprint != questions.fingerprint
+    with pytest.raises(ValueError, match="an index of pairs, not of questions"):
+        open_index(path, pairs.path, records="questions")
+    with pytest.raises(ValueError, match="there are pairs, questions"):
+        open_index(path, records="captions")
+    with pytest.raises(ValueError, match="no round in 1 shard"):
+        open_index(path, records="rounds")
+
+
+def test_what_an_index_of_pairs_says_is_what_it_always_said(tmp_path):
+    made = open_index(write_shards(tmp_path / "data", [3, 1], texts=2)[:2])
+    digest = hashlib.blake2b(b"BLIP index 1\n", digest_size=16)
+    for array in (made.names, made.digests, made.shard_starts, made.text_starts, made.pictures):
+        digest.update(array.tobytes())
+    digest.update(np.array([0, 5, 10, 15, 20]).astype("<i8").tobytes() + b"00000000010000200003")
+    assert made.fingerprint == digest.hexdigest()
+    assert made.path.read_bytes().startswith(b"BLIP index 1\n")
+    assert made.pictures.dtype.itemsize == 25
+
+
+def test_two_pictures_are_needed_and_found_whatever_their_endings(tmp_path):
+    said = json.dumps({"statements": [{"id": 1, "sentence": "s", "label": True}]})
+    members = {
+        **{"a.1.png": picture(1), "a.0.webp": picture(0), "a.json": said},
+        **{"b.0.png": picture(0), "b.json": said, "c.0.png": picture(0), "c.0.jpg": picture(0)},
+        **{"c.1.png": picture(1), "c.json": said, "d.png": picture(0), "d.json": said},
+        **{"e.0.png": picture(0), "e.1.png": b"no picture", "e.json": said},
+        **{"f.0.png": picture(0), "f.1.png": picture(1), "f.txt": "s"},
+    }
+    index = build_index(write(tmp_path, members), records="statements")
+    assert [index.key(n) for n in range(len(index.pictures))] == ["a"]
+    assert index.report.skipped == {
+        "less than 2 pictures": 2, "more than one picture": 1, "picture not an image": 1, "no text": 1
+    }  # fmt: skip
+    _, (left, right, _), _ = index.places(0)
+    data = (tmp_path / "00000.tar").read_bytes()
+    assert [data[at : at + size] for at, size in (left, right)] == [picture(0), picture(1)]
+
+
+def test_entries_that_are_not_as_they_should_be_are_counted_by_reason(tmp_path):
+    good = {"id": 1, "question": "q"}
+    members = {
+        **{"a.png": picture(0), "a.json": json.dumps({"questions": [good, {"id": 2}, 3, good]})},
+        **{"b.png": picture(0), "b.json": json.dumps({"questions": [{"question": "q"}]})},
+        **{"c.png": picture(0), "c.json": json.dumps({"captions": ["q"]})},
+        **{"d.png": picture(0), "d.json": json.dumps({"questions": []}), "e.png": picture(0), "e.txt": "q"},
+    }
+    index = build_index(write(tmp_path, members), records="questions")
+    assert len(index) == 2
+    assert index.report.skipped == {
+        "question is empty": 1, "questions with an entry that is no object": 1, "entry without an id": 1,
+        "no list of questions": 1, "text is empty": 1, "no text": 1,
+    }  # fmt: skip
+    assert index.report.skipped_names["entry without an id"] == ["00000.tar: b"]
+
+
+def test_clips_are_told_from_pictures_and_damaged_ones_are_counted(tmp_path):
+    pytest.importorskip("av", reason="clips need PyAV, the extra `video`")
+    members = {**record(0, "clips"), **record(1, "clip_questions"), **pair(2)}
+    members |= {"00003.mp4": clip(3)[:200], "00003.txt": "cut", "00004.mp4": clip(4), "00004.png": picture(4)}
+    members |= {"00004.txt": "both", "00005.avi": clip(5, container="avi"), "00005.txt": "another"}
+    path = write(tmp_path / "data", members)
+    clips = open_index(path, records="clips")
+    assert [clips.key(n) for n in range(len(clips.pictures))] == ["00000", "00004", "00005"]
+    assert clips.report.skipped == {"text is empty": 1, "no clip": 1, "clip damaged": 1}
+    assert (clips.report.width.max, clips.report.height.max) == (48, 32)
+    assert [open_index(path, records=kind).key(0) for kind in ("clip_questions", "pairs")] == ["00001", "00002"]
+    assert len(open_index(path)) == 2, "a clip beside a picture changes nothing for pairs"
+    with pytest.raises(ValueError, match="no question in 1 shard"):
+        open_index(path, records="questions")
+
+
+def test_clips_too_large_are_left_out_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr("blip.datamodules.scan.MAX_CLIP_BYTES", 100)
+    members = {**record(0, "clips"), "00001.mp4": b"x" * 50, "00001.txt": "t"}
+    assert build_index(write(tmp_path, members), verify=False, records="clips").report.skipped == {"clip too large": 1}
