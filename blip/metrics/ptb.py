@@ -10,7 +10,7 @@ compares with it where Java is. What it does to a text is part of the metric, od
 - "cannot" is two words, as are "it's", "don't", "gonna"; "T-shirt", "black/white", "U.S." and "Mr." are one;
 - numbers that look like a telephone number are one word with a no-break space;
 - a character outside Unicode's first plane (emoji) is dropped, and so are a few signs within it;
-- the full stop of a single letter at the end of a line belongs to it ("plan b.") unless the next line begins with a capital.
+- the full stop of a single letter that ends a line belongs to it ("plan b.") unless the next line begins with A, The, In ...
 """
 
 from __future__ import annotations
@@ -153,11 +153,14 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     break inside a caption is a space.
     """
     lines = [" ".join(re.split(r"[\n\r\u2028\u2029\x0b\x0c]", caption)) for caption in captions]
-    return [" ".join(word for word in words if word not in DROPPED) for words in _scan("\n".join(lines) + "\n")]
+    return [
+        " ".join(word for word in words if word not in DROPPED)
+        for words in _scan("".join(line + "\n" for line in lines))
+    ]
 
 
 def _scan(text: str) -> list[list[str]]:
-    """All tokens of each line of a text that ends with a line break."""
+    """All tokens of each line of a text; every line ends with a line break."""
     lines: list[list[str]] = []
     words: list[str] = []
     at = 0
