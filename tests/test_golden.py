@@ -17,6 +17,7 @@ from blip.modules.momentum import MomentumEncoder, Queue
 from blip.modules.names import RELEASED, from_released, released_names, to_released
 from blip.modules.nlvr import NLVR
 from blip.modules.vit import ViTConfig
+from blip.modules.vqa import VQA
 from blip.text import Tokenizer
 from tests.golden import check, main
 
@@ -111,6 +112,8 @@ def network(size: str, kind: str, image_size: int) -> Backbone:
     """The model whose weights a file of this kind holds."""
     if kind == "nlvr":
         return NLVR(config(size, image_size), merge_from=6)
+    if kind == "vqa":
+        return VQA(config(size, image_size))
     return BLIP(config(size, image_size), encoder=kind != "captioner", decoder=kind in ("pretrain", "captioner"))
 
 

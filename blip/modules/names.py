@@ -150,6 +150,7 @@ RELEASED = {  # what the files of the released classes hold
     "base": _ENCODER,
     "itm": _MATCHER,
     "retrieval": (*_MATCHER, *_STATE),
+    "vqa": (*_ENCODER, "text decoder"),
     "nlvr": (*_ENCODER, TWINS, MERGES, NLVR_HEAD),
 }
 TRANSFORMERS = {
@@ -271,6 +272,12 @@ def to_released(ours: Mapping[str, Tensor], kind: str) -> tuple[Tensors, dict[st
 def to_transformers(ours: Mapping[str, Tensor], kind: str) -> tuple[Tensors, dict[str, str]]:
     """The tensors of the transformers class `kind` (see `TRANSFORMERS`), and what that class cannot hold."""
     kept, dropped = _only(ours, TRANSFORMERS, kind, "transformers")
+    looks = {t.shape[1] for n, t in kept.items() if n.endswith(".cross_attention.key_value.weight")}
+    if len(looks) > 1:
+        raise ValueError(
+            f"a transformers {kind} file has one width of what encoder and decoder look at, and not {sorted(looks)}: "
+            "pictures as wide as texts (ViT-B)"
+        )
     out = _rename_vision(released_names(kept), _VISION_TO_TRANSFORMERS)
     return {name: tensor.contiguous() for name, tensor in out.items()}, dropped
 

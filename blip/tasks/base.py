@@ -179,8 +179,12 @@ class Task(L.LightningModule):
         for task, evaluator in self.evaluators.items():
             label = task if name == "main" else f"{task}_{name}"
             self.results.update({f"{stage}/{label}/{k}": v for k, v in evaluator.compute(self.model).items()})
+            self.scored(stage, label, evaluator)
             evaluator.reset()
         self._set += 1
+
+    def scored(self, stage: str, label: str, evaluator: Any) -> None:
+        """What a task does with an evaluator that has all of a set and has computed its numbers."""
 
     def _close(self) -> None:
         stage = "test" if self.trainer.testing else "val"
