@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from blip.datamodules.index import Report, Spread
 
 NAMED = 5  # names shown for each reason
+RECORDS = "what is a row: pairs (default), questions, statements, rounds, clips or clip_questions"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,8 +62,9 @@ def _add_data(commands) -> None:
 
     index = data.add_parser("index", help="make the index of tar shards", description=index_shards.__doc__)
     index.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns, or URLs")
+    index.add_argument("--records", default="pairs", metavar="KIND", help=RECORDS)
     index.add_argument("--out", type=Path, help="the index file (default: beside the shards, or in the cache)")
-    index.add_argument("--no-verify", action="store_true", help="do not decode every picture once")
+    index.add_argument("--no-verify", action="store_true", help="do not decode every picture or clip once")
     index.add_argument("--workers", type=int, default=0, help="processes that share the shards (default: %(default)s)")
     index.set_defaults(run=index_shards)
 
@@ -106,22 +108,28 @@ def _add_data(commands) -> None:
 
     check = data.add_parser("check", help="show what is in shards", description=check_shards.__doc__)
     check.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns, or URLs")
+    check.add_argument("--records", default="pairs", metavar="KIND", help=RECORDS)
     check.add_argument("--index", help="an index file made elsewhere")
     check.add_argument("--ranks", type=int, default=1, help="processes that train together (default: %(default)s)")
     check.add_argument("--workers", type=int, default=1, help="loader workers a rank (default: %(default)s)")
     check.add_argument(
         "--captions", choices=("all", "one"), default="all", help="pairs: each caption, or each picture (default: all)"
     )
-    check.add_argument("--batch-size", type=int, default=75, help="pairs a rank and step (default: %(default)s)")
+    check.add_argument("--batch-size", type=int, default=75, help="rows a rank and step (default: %(default)s)")
     check.set_defaults(run=check_shards)
 
 
 def index_shards(options: argparse.Namespace) -> int:
-    """Reads every shard once, checks it strictly and writes the index that training reads pairs by."""
+    """Reads every shard once, checks it strictly and writes the index that training reads its rows by."""
     from blip.datamodules.index import build_index
 
     index = build_index(
-        options.shards, options.out, verify=not options.no_verify, progress=_shards_done, workers=options.workers
+        options.shards,
+        options.out,
+        verify=not options.no_verify,
+        progress=_shards_done,
+        workers=options.workers,
+        records=options.records,
     )
     _show(index.report)
     print(f"index: {index.path}")
@@ -209,33 +217,36 @@ def learn_vocabulary(options: argparse.Namespace) -> int:
 
 
 def check_shards(options: argparse.Namespace) -> int:
-    """Shows counts, sizes, caption lengths and broken rows of shards, and whether they suffice; status 1 if not."""
+    """Shows counts, sizes, lengths of texts and broken rows of shards, and whether they suffice; status 1 if not."""
     from blip.datamodules.index import open_index
 
     for name in ("ranks", "workers", "batch_size"):
         if getattr(options, name) < (0 if name == "workers" else 1):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: too few")
-    report = open_index(options.shards, options.index, progress=_shards_done).report
+    if options.captions == "one" and options.records != "pairs":
+        raise ValueError(f"--captions one is for pairs; of {options.records} each is a row")
+    index = open_index(options.shards, options.index, progress=_shards_done, records=options.records)
+    report = index.report
     _show(report)
-    pairs = report.texts if options.captions == "all" else report.pictures
-    enough = _suffices(pairs, options.ranks, options.workers, options.batch_size)
+    rows = report.texts if options.captions == "all" else report.pictures
+    enough = _suffices(rows, index.kind.one, options.ranks, options.workers, options.batch_size)
     if 0 < report.shards < options.ranks * options.workers:
         print(
-            f"note: fewer shards than workers ({options.ranks} x {options.workers}); here pairs are dealt one by one, so that is "
+            f"note: fewer shards than workers ({options.ranks} x {options.workers}); here rows are dealt one by one, so that is "
             "no matter, but readers that deal whole shards would leave workers without any"
         )
     return 0 if enough else 1
 
 
-def _suffices(pairs: int, ranks: int, workers: int, batch_size: int) -> bool:
-    """Prints what an epoch of so many pairs is for this layout; False where it has no step."""
-    steps, rest = divmod(pairs, ranks * batch_size)
-    layout = f"{_count(ranks, 'rank')} x {_count(batch_size, 'pair')} a step"
+def _suffices(rows: int, row: str, ranks: int, workers: int, batch_size: int) -> bool:
+    """Prints what an epoch of so many rows is for this layout; False where it has no step."""
+    steps, rest = divmod(rows, ranks * batch_size)
+    layout = f"{_count(ranks, 'rank')} x {_count(batch_size, row)} a step"
     if steps == 0:
-        print(f"NOT ENOUGH for {layout}: an epoch has {_count(pairs, 'pair')}")
+        print(f"NOT ENOUGH for {layout}: an epoch has {_count(rows, row)}")
         return False
     print(
-        f"enough for {layout}: {_count(steps, 'step')} an epoch on every rank, {_count(rest, 'pair')} left out of each epoch"
+        f"enough for {layout}: {_count(steps, 'step')} an epoch on every rank, {_count(rest, row)} left out of each epoch"
     )
     if steps < workers:
         print(f"note: whole batches go to workers, so only {steps} of the {workers} of a rank have work")
@@ -243,17 +254,20 @@ def _suffices(pairs: int, ranks: int, workers: int, batch_size: int) -> bool:
 
 
 def _show(report: Report) -> None:
+    from blip.datamodules.records import kind_of
+
+    kind = kind_of(report.records)
     print(
-        f"{_count(report.shards, 'shard')}, {report.bytes / 1e6:.1f} MB: "
-        f"{_count(report.pictures, 'picture')}, {_count(report.texts, 'caption')}"
+        f"{_count(report.shards, 'shard')}, {report.bytes / 1e6:.1f} MB of {kind.name.replace('_', ' ')}: "
+        f"{_count(report.pictures, kind.seen)}, {_count(report.texts, kind.row)}"
     )
     for name, spread, unit in (
         ("width", report.width, "px"),
         ("height", report.height, "px"),
-        ("picture", report.image_bytes, "bytes"),
-        ("caption", report.caption_words, "words"),
+        ("clip" if kind.clips else "picture", report.image_bytes, "bytes"),
+        (kind.row, report.caption_words, "words"),
     ):
-        print(f"{name:>8}: {_spread(spread, unit)}")
+        print(f"{name:>9}: {_spread(spread, unit)}")
     if not report.verified:
         print("pictures were not decoded: broken ones are not known (index again without --no-verify)")
     _show_left_out(report.skipped, report.skipped_names)

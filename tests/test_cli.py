@@ -13,7 +13,9 @@ import PIL.Image
 import pytest
 
 from blip.cli import main
+from blip.datamodules.records import KINDS
 from blip.text import Tokenizer
+from tests.datamodules.making import write_records
 
 
 @pytest.fixture
@@ -64,6 +66,36 @@ def test_check_says_no_by_its_status(pictures: Path, capsys: pytest.CaptureFixtu
     assert "only 2 of the 3" in said
     assert "readers that deal whole shards" in said
     assert run(capsys, "data", "check", out / "*.tar", "--batch-size", 6, "--captions", "one")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("records", "held", "row"),
+    [
+        ("questions", "3 pictures, 6 questions", "question"),
+        ("statements", "3 picture pairs, 6 statements", "statement"),
+        ("rounds", "3 pictures, 6 rounds", "round"),
+    ],
+)
+def test_index_and_check_say_what_a_row_is(tmp_path: Path, capsys: pytest.CaptureFixture, records, held, row):
+    (shard,) = write_records(tmp_path / "data", [3], records)
+    status, said, _ = run(capsys, "data", "index", shard, "--records", records)
+    assert status == 0
+    assert f"MB of {records}: {held}\n" in said
+    assert f"{row}: 4 to 4 words" in said
+    status, said, _ = run(capsys, "data", "check", shard, "--records", records, "--batch-size", 4)
+    assert status == 0
+    assert f"1 rank x 4 {records} a step: 1 step an epoch on every rank, 2 {records} left out" in said
+    assert run(capsys, "data", "check", shard, "--records", records, "--captions", "one")[0] == 1
+    status, _, complaint = run(capsys, "data", "check", shard, "--records", "captions")
+    assert (status, "there are pairs, questions" in complaint) == (1, True)
+
+
+def test_the_help_names_every_kind_of_records(capsys: pytest.CaptureFixture):
+    for command in ("index", "check"):
+        with pytest.raises(SystemExit):
+            main(["data", command, "--help"])
+        said = capsys.readouterr().out
+        assert all(name in said for name in KINDS)
 
 
 def test_index_is_written_where_asked(pictures: Path, capsys: pytest.CaptureFixture):

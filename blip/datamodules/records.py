@@ -43,12 +43,13 @@ class Kind:
 
     @property
     def one(self) -> str:
+        """What one of its rows is called."""
         return self.name.removesuffix("s").replace("_", " ")
 
     @property
     def seen(self) -> str:
-        """What a record shows, in the plural."""
-        return "clips" if self.clips else "pictures" if self.pictures == 1 else "pairs of pictures"
+        """What a record shows."""
+        return "clip" if self.clips else "picture" if self.pictures == 1 else "picture pair"
 
 
 def entries_of(data: bytes, is_json: bool, kind: Kind) -> tuple[list[Any], list[str]]:

@@ -81,7 +81,7 @@ def counts(index: Index) -> str:
     """What an index holds and what it left out, in words."""
     report = index.report
     rows = "texts" if index.kind.text is str else f"{index.kind.row}s"
-    text = f"{report.pictures:,} {index.kind.seen} with {report.texts:,} {rows} in {report.shards:,} shards"
+    text = f"{report.pictures:,} {index.kind.seen}s with {report.texts:,} {rows} in {report.shards:,} shards"
     left_out: Iterable[str] = (f"{count:,} {reason}" for reason, count in report.skipped.items())
     return f"{text}; left out: {', '.join(left_out)}" if report.skipped else text
 
