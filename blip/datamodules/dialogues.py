@@ -1,4 +1,4 @@
-"""Rounds of dialogues about pictures with their candidate answers (VisDial v1.0) as batches. Paper section 5.6 and appendix."""
+"""Rounds of dialogues about pictures with their candidate answers (VisDial v1.0) as batches. Paper section 5.5."""
 
 from __future__ import annotations
 

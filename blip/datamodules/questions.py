@@ -1,4 +1,4 @@
-"""Questions about pictures (VQA v2, Visual Genome) or clips (MSRVTT-QA, MSVD-QA) as batches. Paper section 5.4 and Table 14."""
+"""Questions about pictures (VQA v2, Visual Genome) or clips (MSRVTT-QA, MSVD-QA) as batches. Paper section 5.3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statements about two pictures, true or false (NLVR2), as batches. Paper section 5.5."""
+"""Statements about two pictures, true or false (NLVR2), as batches. Paper section 5.4."""
 
 from __future__ import annotations
 
