@@ -29,7 +29,7 @@ _MARKS = (
     "\u0670\u06d6-\u06ed\u0730-\u074a\u0900-\u0903\u093a-\u094f\u0951-\u0957\u0962\u0963\u0981-\u0983\u09bc-\u09d7\u0a01-\u0a03"
     "\u0a3c-\u0a51\u0a81-\u0a83\u0abc-\u0acd\u0b82\u0bbe-\u0bcd\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d48\u0e31-\u0e3a\u0e47-\u0e4e"
 )
-_LETTER = rf"(?:[^\W\d_\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u2189\u2460-\u24ff\u2776-\u2793\U00010000-\U0010ffff]|[{_MARKS}])"
+_LETTER = rf"(?:[^\W\d_\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u2189\u2460-\u24ff\u2776-\u2793\U00010000-\U0010ffff]|[{_MARKS}]|&[aeiou](?:acute|grave|uml);)"
 _SIGN = (
     "!-/:-@\\[-`{-~\u0080\u0085\u0091-\u0094\u0096\u0097\u00a1-\u00bf\u00d7\u00f7\u037e\u0387\u0589\u060c\u061b\u061f\u066a\u06d4\u0964"
     "\u0965\u0e3f\u0e4f\u2010\u2011\u2013-\u2023\u2026\u2030-\u203b\u203e-\u2042\u2044\u2070-\u208e\u20a0\u20a4\u20ac\u2100-\u2127"
@@ -89,7 +89,7 @@ _RULES = _VERBATIM + [
     re.compile(rule, re.IGNORECASE)
     for rule in (
         # words with an apostrophe, and the words that Penn's treebank divides
-        r"(can)not|(gon)na|(got)ta|(lem)me|(gim)me|(wan)na",
+        r"(c\+\+|c#|f#)|(can)not|(gon)na|(got)ta|(lem)me|(gim)me|(wan)na",
         rf"({_APOSTROPHE}t)(?:is|was)|(more){_APOSTROPHE}n",
         rf"([a-z]+)n{_APOSTROPHE}t",
         rf"(n{_APOSTROPHE}t)(?![a-z])",
@@ -106,7 +106,7 @@ _RULES = _VERBATIM + [
         rf"({_LINKED})",
         r"([a-z0-9]+(?:-[a-z]+){0,2}(?:\\?/[a-z0-9]+(?:-[a-z]+){0,2}){1,2})",
         rf"({_JOINED})",
-        rf"({_PLAIN}+(?:\.{_PLAIN}+)*\.(?:{_ENDING}))(?=[ \t\n\u00a0.?!,\")])",
+        rf"({_PLAIN}+(?:\.{_PLAIN}+)*\.(?:{_ENDING}))(?=[ \t\n\u00a0.?!,])",
         rf"(@[a-z_][a-z_0-9]*|#{_LETTER}+)",
         # words with a full stop
         rf"((?:{_ACRONYM}|{_TITLES}|{_ABBREVIATIONS})\.)",
@@ -121,7 +121,7 @@ _RULES = _VERBATIM + [
         r"((?:(?:\+\+?)?\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5})",
         r"((?-i:[A-Z]*)\$|[\u00a2-\u00a5\u0080\u20a0\u20ac])",
         # signs
-        r"([<>]?[:;=][-o*']?[()dpo\\{@|\[\]])(?![a-z0-9])|([-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\))",
+        r"([<>]?[:;=][-o*']?(?-i:[()DPdpO\\{@|\[\]]))(?![a-z0-9])|([-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\))",
         r"(&(?:md|mdash|ndash);|[\u0096\u0097\u2013-\u2015])|(&(?:amp|lt|gt|quot|#\d+);)",
         r"(\.{3,5}|(?:\.[ \u00a0]){2,4}\.)",
         r"([?!]+|-+|\*+|(?:\\\*){1,3}|#+|@+|_+|<<|>>|'')",
@@ -152,7 +152,7 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     The captions are scanned as the lines of one text, since the original looks across the end of a line (see above); a line
     break inside a caption is a space.
     """
-    lines = [" ".join(re.split(r"[\n\r\u2028\u2029\x0b\x0c]", caption)) for caption in captions]
+    lines = [" ".join(re.split(r"[\n\r\u2028\u2029\x0b\x0c]|&nbsp;", caption)) for caption in captions]
     return [
         " ".join(word for word in words if word not in DROPPED)
         for words in _scan("".join(line + "\n" for line in lines))
@@ -192,8 +192,10 @@ def _written(token: str) -> str:
     token = token.lower()
     if token in _SPELLED:
         return _SPELLED[token]
-    if token[0] == "-" and set(token) == {"-"}:
-        return "-" if len(token) == 1 else "--"
+    if token in ("--", "---", "----"):
+        return "--"
+    if token[0] in ":;=" and token[-1] in "[]{":
+        return token  # a face
     if token[0] == "." and len(token) > 1 and not token.strip(". \u00a0"):
         return "..."
     return token.replace("&apos;", "'").replace("&amp;", "&").translate(_SPELLING)
