@@ -102,7 +102,7 @@ def _each(name: str, check: Callable[[dict], dict]) -> Callable[[Mapping[str, An
 
 
 def _question(entry: dict) -> dict:
-    answers = _texts(entry.get("answers", []), "answers")
+    answers = [answer for answer in _strings(entry.get("answers", []), "answers") if answer]
     weight = entry.get("weight", 1.0)
     if not _is_number(weight) or not 0 < weight <= 1000:
         raise _UnfitError("question of no weight")
@@ -140,10 +140,10 @@ def _rounds(record: Mapping[str, Any]) -> tuple[list[dict], list[str]]:
 
 
 def _options(entry: dict) -> dict:
-    options = _texts(entry["options"], "options")
+    options = _strings(entry["options"], "options")  # also empty ones, for they are numbered
     index, relevance = entry.get("answer_index"), entry.get("relevance")
-    if len(options) != len(entry["options"]) or len(options) < 2:
-        raise _UnfitError("fewer than two options, or an empty one")
+    if len(options) < 2:
+        raise _UnfitError("fewer than two options")
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(options):
         raise _UnfitError("answer_index is none of the options")
     fits = relevance is None or (isinstance(relevance, list) and len(relevance) == len(options))
@@ -181,13 +181,12 @@ def _text(entry: Mapping[str, Any], name: str) -> str:
     return found.strip()
 
 
-def _texts(found: Any, name: str) -> list[str]:
-    """A list of texts, empty ones left out."""
+def _strings(found: Any, name: str) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise _UnfitError(f"{name} is not a list of texts")
     if len(found) > MAX_ANSWERS or any(len(text) > MAX_CHARACTERS for text in found):
         raise _UnfitError(f"{name} too long")
-    return [text.strip() for text in found if text.strip()]
+    return [text.strip() for text in found]
 
 
 def _is_number(found: Any) -> bool:

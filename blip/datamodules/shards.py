@@ -141,8 +141,6 @@ class TrainRecords(Dataset):
         self.records, self.plan = _Records(indexes, cache_bytes), plan
         self.entries, self.size, self.config, self.blank = entries, size, config, blank
         self.kind = indexes[0].kind
-        if self.kind.clips:
-            raise ValueError("clips are for evaluation alone: they are neither cropped nor sampled at random")
         self._ahead: list = []
 
     def __getitem__(self, key: Key) -> Sample:

@@ -74,13 +74,15 @@ def test_a_round_knows_caption_and_what_was_said_before():
         (2, "a cube", [("is it red", "no"), ("a story?", "yes")]),
     ]
     assert rows[1]["relevance"] == [1, 0.5]
+    ((row,), _) = read(ROUNDS, {"caption": "c", "rounds": [ROUND | {"options": ["", " no ", ""]}]})
+    assert row["options"] == ["", "no", ""], "options keep their numbers"
 
 
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        (ROUND | {"options": ["yes"]}, "fewer than two options, or an empty one"),
-        (ROUND | {"options": ["yes", "no", ""]}, "fewer than two options, or an empty one"),
+        (ROUND | {"options": ["yes"]}, "fewer than two options"),
+        (ROUND | {"options": ["yes", 2]}, "options is not a list of texts"),
         (ROUND | {"options": None}, "options is not a list of texts"),
         (ROUND | {"answer_index": 3}, "answer_index is none of the options"),
         (ROUND | {"answer_index": True}, "answer_index is none of the options"),
