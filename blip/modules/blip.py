@@ -72,8 +72,12 @@ class BLIP(Backbone):
             self.temperature = nn.Parameter(torch.tensor(float(config.temperature)))
 
     def image_features(self, image_states: Tensor) -> Tensor:
-        """[B, N, D] to unit vectors [B, E], float32."""
-        return F.normalize(at_least_float32(self.vision_proj(image_states[:, 0])), dim=-1)
+        """States of pictures [B, N, D], or of all frames of clips [B, F*N, D], to unit vectors [B, E], float32.
+
+        A clip's are the mean of its frames' (released code).
+        """
+        frames = at_least_float32(self.vision_proj(image_states[:, :: self.config.vit.tokens]))  # [B, F, E]
+        return F.normalize(frames.mean(1), dim=-1)
 
     def text_features(self, input_ids: Tensor, layout: TextLayout) -> Tensor:
         """Texts that begin with [CLS] to unit vectors [R, E], float32; mode `text`."""
