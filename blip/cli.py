@@ -8,6 +8,7 @@
     blip data build --layout NAME PATHS... OUT  shards of a published data set (--help names the layouts)
     blip data answers SHARDS... --out FILE      the answers that VQA ranks, from shards of questions
     blip data vocabulary SHARDS... --out FILE   a WordPiece vocabulary learned from the captions of shards
+    blip data typical SHARDS...                 the caption that fits all pictures best: what a captioner has to beat
     blip data check SHARDS...                   what is in shards, and whether it suffices for given ranks and workers
     blip convert IN OUT --to LAYOUT             a checkpoint in another layout: released, transformers or ours
     blip score REFERENCES HYPOTHESES            BLEU, METEOR, ROUGE-L, CIDEr, SPICE of captions; VQA's accuracy with --vqa
@@ -105,6 +106,10 @@ def _add_data(commands) -> None:
     vocabulary.add_argument("--out", type=Path, required=True, help="the tokenizer.json to write")
     vocabulary.add_argument("--size", type=int, default=4000, help="word pieces at most (default: %(default)s)")
     vocabulary.set_defaults(run=learn_vocabulary)
+
+    typical = data.add_parser("typical", help="find the most typical caption", description=find_typical.__doc__)
+    typical.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns, or URLs")
+    typical.set_defaults(run=find_typical)
 
     check = data.add_parser("check", help="show what is in shards", description=check_shards.__doc__)
     check.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace or glob patterns, or URLs")
@@ -213,6 +218,22 @@ def learn_vocabulary(options: argparse.Namespace) -> int:
         f"{options.out}: {_count(len(tokenizer), 'piece')} with [DEC] and [ENC], from {_count(len(texts), 'caption')}; "
         f"a caption has {sum(lengths) / len(lengths):.1f} on average, 99 of 100 at most {lengths[len(lengths) * 99 // 100]}"
     )
+    return 0
+
+
+def find_typical(options: argparse.Namespace) -> int:
+    """Prints the caption that has the highest CIDEr when it is said of every picture of the shards, and that CIDEr in percent."""
+    import numpy as np
+
+    from blip.datamodules.index import open_index
+    from blip.datamodules.shards import texts_in
+    from blip.metrics.typical import typical_caption
+
+    index = open_index(options.shards, progress=_shards_done)
+    texts = texts_in(index)
+    found, cider = typical_caption([[next(texts) for _ in range(n)] for n in np.diff(index.text_starts).tolist()])
+    print(found)
+    print(f"CIDEr {cider:.2f} of {_count(len(index.pictures), 'picture')}", file=sys.stderr)
     return 0
 
 

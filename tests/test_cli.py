@@ -181,3 +181,10 @@ def test_a_vocabulary_is_learned_from_the_captions_of_shards(pictures: Path, cap
     assert tokenizer.decode(tokenizer.encode(["go 2 tour"], 30)[0]) == "go 2 tour"  # others are spelled
     status, _, error = run(capsys, "data", "vocabulary", out / "*.tar", "--out", file, "--size", 5)
     assert (status, error.count("\n")) == (1, 1)
+
+
+def test_the_most_typical_caption_of_shards_is_all_that_is_printed(pictures: Path, capsys: pytest.CaptureFixture):
+    out = pictures.parent / "shards"
+    run(capsys, "data", "build", pictures, pictures.parent / "captions.jsonl", out)
+    # what is said of every picture tells nothing; the others are right of one in five, half of whose captions they are
+    assert run(capsys, "data", "typical", out / "*.tar") == (0, "picture 0 of many\n", "CIDEr 100.00 of 5 pictures\n")

@@ -34,13 +34,20 @@ class CaptionEvaluator:
     """Captions of held-out pictures; `scores` are functions (references, captions) -> {name: number}.
 
     prompt: words that every caption begins with (not part of it). seed: of sampling; what is drawn for a picture depends on
-    it and on the picture's key alone.
+    it and on the picture's key alone. baseline: a text whose scores, when it is said of every picture, stand beside the model's.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, scores: Sequence[Score], prompt: str, decoding: Decoding, seed: int
+        self,
+        tokenizer: Tokenizer,
+        scores: Sequence[Score],
+        prompt: str,
+        decoding: Decoding,
+        seed: int,
+        baseline: str | None = None,
     ) -> None:
         self.tokenizer, self.scores, self.decoding, self.seed = tokenizer, list(scores), decoding, seed
+        self.baseline = baseline
         self.prompt = [tokenizer.dec_id, *tokenizer.encode([prompt], decoding.max_length)[0][1:-1]]
         self.reset()
 
@@ -73,10 +80,16 @@ class CaptionEvaluator:
         return Caption(self.tokenizer.decode(ids), sum(log_probs) / len(log_probs), tokens, log_probs)
 
     def compute(self, model: Any) -> dict[str, float]:
-        """What the scores make of all captions, and `log_prob`, the mean of the captions' own."""
+        """What the scores make of all captions, `NAME_baseline` of the baseline's, and `log_prob`, the mean of the captions' own."""
         references, captions = from_all_ranks(self.references), from_all_ranks(self.captions)
         if not captions:
             return {}
         texts = [caption.text for caption in captions]
         numbers = {name: number for score in self.scores for name, number in score(references, texts).items()}
+        if self.baseline is not None:
+            constant = [self.baseline] * len(texts)
+            beside = {
+                f"{k}_baseline": number for score in self.scores for k, number in score(references, constant).items()
+            }
+            numbers |= beside
         return {**numbers, "log_prob": sum(caption.log_prob for caption in captions) / len(captions)}

@@ -22,11 +22,13 @@ DECODING: dict[str, Any] = {
 }
 
 
-def evaluator(*scores: Any, prompt: str = "", seed: int = 0, **decoding: Any) -> CaptionEvaluator:
+def evaluator(
+    *scores: Any, prompt: str = "", seed: int = 0, baseline: str | None = None, **decoding: Any
+) -> CaptionEvaluator:
     words = {piece: i for i, piece in enumerate(PIECES)}
     wordpiece = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
     wordpiece.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return CaptionEvaluator(Tokenizer(wordpiece), scores, prompt, Decoding(**DECODING | decoding), seed)
+    return CaptionEvaluator(Tokenizer(wordpiece), scores, prompt, Decoding(**DECODING | decoding), seed, baseline)
 
 
 def batch(*keys: str, seed: int = 0) -> Any:
@@ -50,6 +52,17 @@ def test_scores_get_the_captions_with_their_references_and_are_put_together() ->
     assert both.compute(model) == {"right": 2, "count": 4, "log_prob": -1.5}
     both.reset()
     assert both.compute(model) == {}
+
+
+def test_what_a_constant_caption_scores_stands_beside_the_models() -> None:
+    model: Any = None
+    beside = evaluator(
+        lambda references, captions: {"right": sum(c in r for r, c in zip(references, captions, strict=True))},
+        baseline="a dog",
+    )
+    beside.write = lambda model, batch: [told("a cat", -1.0), told("a cow", -2.0)]  # type: ignore[method-assign]
+    beside.update(model, SimpleNamespace(references=[["a dog"], ["a dog", "a cow"]]))
+    assert beside.compute(model) == {"right": 1, "right_baseline": 2, "log_prob": -1.5}
 
 
 def test_nothing_is_written_that_nothing_scores() -> None:
