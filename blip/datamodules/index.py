@@ -21,7 +21,6 @@ and texts are ever read: no member is unpickled.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -30,17 +29,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
+from blip.datamodules.index_file import note_time, read, write
 from blip.datamodules.locations import cache_folder, common_root, expand, is_url, shown
 from blip.datamodules.records import PAIRS, Kind, kind_of
 from blip.datamodules.remote import Shard, digest_of, fetch_file
 from blip.datamodules.scan import Scan, scan
 
-MAGIC = b"BLIP index 1\n"
 NAMED = 100  # names kept for each reason of leaving out
 
 
@@ -98,7 +97,7 @@ class Index:
 
     def __init__(self, path: Path, shards: Sequence[str]) -> None:
         self.path = path
-        head, arrays = _read(path)
+        head, arrays = read(path)
         self.fingerprint: str = head["fingerprint"]
         self.report = Report.from_dict(head["report"])
         self.kind: Kind = kind_of(self.report.records)
@@ -180,7 +179,7 @@ class Index:
             if now.st_mtime_ns != time:
                 if digest_of(location) != self.digests[shard].decode():
                     raise ValueError(f"{location}: its bytes changed since its index was made; {_again(self.path)}")
-                _note_time(self.path, shard, now.st_mtime_ns)
+                note_time(self.path, shard, now.st_mtime_ns)
 
 
 def _again(path: Path) -> str:
@@ -242,7 +241,7 @@ def build_index(
         "sizes": np.array([s.size for s in scans], dtype="<i8"),
         "times": np.array([s.time for s in scans], dtype="<i8"),
     }
-    _write(target, arrays, report)
+    write(target, arrays, asdict(report))
     return Index(target, locations)
 
 
@@ -285,73 +284,6 @@ def _report(scans: list[Scan], names: list[str], verified: bool, records: str) -
         caption_words=spread("words"),
         notes=[note for s in scans for note in s.notes],
     )
-
-
-# The file: magic, length of the header, header (JSON), arrays at multiples of 64
-
-
-def _fingerprint(arrays: dict[str, np.ndarray], records: str) -> str:
-    """Digest of what the shards hold and of which rows it gives; neither places nor times are in it."""
-    digest = hashlib.blake2b(MAGIC, digest_size=16)
-    if records != PAIRS.name:  # which are what an index was of before it could be of anything else
-        digest.update(records.encode())
-    for name in ("names", "digests", "shard_starts", "text_starts", "pictures", "key_starts", "keys"):
-        digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray], report: Report) -> None:
-    """Writes the index whole or not at all."""
-    table, at = {}, 0
-    for name, array in arrays.items():
-        table[name] = [at, np.lib.format.dtype_to_descr(array.dtype), len(array)]
-        at += -(-array.nbytes // 64) * 64
-    head = json.dumps(
-        {"fingerprint": _fingerprint(arrays, report.records), "report": asdict(report), "arrays": table, "bytes": at},
-        ensure_ascii=False,
-    ).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(MAGIC + len(head).to_bytes(8, "little") + head)
-            file.write(b"\0" * (-file.tell() % 64))
-            for array in arrays.values():
-                file.write(array.tobytes())
-                file.write(b"\0" * (-array.nbytes % 64))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read(path: Path, mode: Literal["r", "r+"] = "r") -> tuple[dict, dict[str, np.ndarray]]:
-    with open(path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ValueError(f"{path}: not an index of this version; delete it and start again, or `blip data index`")
-        size = int.from_bytes(file.read(8), "little")
-        head = json.loads(file.read(size))
-        start = -(-file.tell() // 64) * 64
-        if os.fstat(file.fileno()).st_size != start + head["bytes"]:
-            raise ValueError(f"{path}: the index is cut; delete it and start again")
-    whole = np.asarray(np.memmap(path, mode=mode))  # a plain view of the mapping: its elements are sooner had
-
-    def array(at: int, descr, length: int) -> np.ndarray:
-        fields = (
-            [(name, kind, *map(tuple, shape)) for name, kind, *shape in descr] if isinstance(descr, list) else descr
-        )
-        dtype = np.lib.format.descr_to_dtype(fields)
-        return whole[start + at : start + at + length * dtype.itemsize].view(dtype)
-
-    return head, {name: array(*entry) for name, entry in head["arrays"].items()}
-
-
-def _note_time(path: Path, shard: int, time: int) -> None:
-    """Keeps the new time of a shard with the same bytes (a copy), so that they are not compared at every start."""
-    if os.access(path, os.W_OK):
-        _, arrays = _read(path, "r+")
-        arrays["times"][shard] = time
 
 
 # Finding it, or making it where it is missing

@@ -76,9 +76,7 @@ class StreamDataModule(pl.LightningDataModule):
     """
 
     kind: ClassVar[Kind]
-    entries: str = (
-        "all"  # what a row of training is: each entry of a record (`all`), or the record, with `one` of them drawn
-    )
+    entries = "all"  # a row of training is each entry of a record, or the record, with `one` of them drawn
 
     def __init__(
         self,
