@@ -176,12 +176,13 @@ class Model:
     def answer(
         self,
         pictures: Picture | Sequence[Picture],
-        questions: str | Sequence[str],
+        questions: str | Sequence[str] | Sequence[Sequence[str]],
         choices: Sequence[str] | None = None,
         **decoding: Any,
     ) -> Any:
         """An `Answer` of each picture to each question: to one question one, to a list of questions a list.
 
+        questions: the same of every picture, or a list of lists, which holds each picture's own.
         choices: answers to choose from, ranked in two stages as released; else the answer is written, by beam search over 3
         (`ANSWERS`) but for what `decoding` changes. For models that were fine-tuned for questions (experiment=vqa_129m).
         """
@@ -189,30 +190,35 @@ class Model:
             raise ValueError(f"{self.path} was not fine-tuned for questions: it has no decoder that looks at questions")
         network, tokenizer = self.network, self.tokenizer
         wanted = [questions] if isinstance(questions, str) else list(questions)
-        if not wanted:
+        own = bool(wanted) and not isinstance(wanted[0], str)
+        lists: list[list[str]] = [list(each) for each in wanted] if own else [wanted]  # type: ignore[list-item]
+        if not all(lists):
             raise ValueError("answer: no question is given")
-        asked = tokenizer.encode([clean_question(text, MAX_QUESTION_WORDS) for text in wanted], LIMITS["tokens"])
         how = Decoding(**{**ANSWERS, **decoding})
         candidates = None
         if choices is not None:
             candidates = Candidates.of(tokenizer.encode(list(choices), how.max_length), self.device)
 
         def say(image: Tensor, _: list[np.ndarray]) -> list[Any]:
-            count = image.shape[0]
-            ids = torch.tensor([i for text in asked for i in text] * count, device=self.device)
-            layout = TextLayout.from_lengths([len(text) for text in asked] * count).to(self.device)
-            # row by row the questions of a picture: they fold into one row of queries
-            looked = network.ask(ids, layout, network.med.look(network.visual_encoder(image)))
+            asked = lists if own else lists * image.shape[0]
+            if len(asked) != image.shape[0]:
+                raise ValueError(f"{len(asked)} lists of questions for {image.shape[0]} pictures: one for each")
+            texts = [clean_question(text, MAX_QUESTION_WORDS) for each in asked for text in each]
+            encoded = tokenizer.encode(texts, LIMITS["tokens"])
+            ids = torch.tensor([i for text in encoded for i in text], device=self.device)
+            layout = TextLayout.from_lengths([len(text) for text in encoded]).to(self.device)
+            row = torch.tensor([n for n, each in enumerate(asked) for _ in each], device=self.device)
+            looked = network.ask(ids, layout, network.med.look(network.visual_encoder(image)), row)
             if candidates is None:
-                texts = generate(network.med, looked, [tokenizer.dec_id], how, tokenizer.sep_id, tokenizer.pad_id)
-                rows = zip(texts.ids.tolist(), texts.log_probs.sum(1).tolist(), strict=True)
+                told = generate(network.med, looked, [tokenizer.dec_id], how, tokenizer.sep_id, tokenizer.pad_id)
+                rows = zip(told.ids.tolist(), told.log_probs.sum(1).tolist(), strict=True)
                 said = [Answer(tokenizer.decode(row[1:]), log_prob) for row, log_prob in rows]
             else:
                 ranking = rank(network, looked, candidates, FIRST, TEXTS_AT_ONCE, SMOOTHING)
                 best = zip(ranking.best.tolist(), ranking.scores.amax(1).tolist(), strict=True)
                 said = [Answer(choices[number], score) for number, score in best]  # type: ignore[index]
-            n = len(wanted)
-            return said if isinstance(questions, str) else [said[i : i + n] for i in range(0, len(said), n)]
+            each_in_turn = iter(said)
+            return said if isinstance(questions, str) else [[next(each_in_turn) for _ in each] for each in asked]
 
         return self._each(pictures, say)
 

@@ -8,11 +8,12 @@ line is taken away, and other settings than the file was begun with are refused.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0  # between two looks at the progress
 NAMED = 20  # broken files named at the end
-Say = Callable[["Model", "list[np.ndarray]"], list[dict[str, Any]]]
+Say = Callable[
+    ["Model", "list[np.ndarray]", list[str]], list[dict[str, Any]]
+]  # what it says of pictures with these names
 
 
 def add_model(commands: Any) -> None:
@@ -42,7 +45,11 @@ def add_model(commands: Any) -> None:
     caption.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
 
     answer = _command(commands, "answer", "answer questions", answer_questions)
-    answer.add_argument("--question", action="append", required=True, help="a question; several times for several")
+    asked = answer.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--question", action="append", help="a question of every picture; several times for several")
+    asked.add_argument(
+        "--questions", type=Path, help='JSON lines {"picture", "question"}: each picture gets its own, others none'
+    )
     answer.add_argument(
         "--answers", type=Path, help="a JSON list of answers to choose from (default: they are written)"
     )
@@ -81,7 +88,7 @@ def caption_pictures(options: argparse.Namespace) -> int:
     names = ("strategy", "beams", "top_p", "max_length", "min_length", "samples")
     decoding = {name: value for name in names if (value := getattr(options, name)) is not None}
 
-    def say(model: Model, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+    def say(model: Model, pixels: list[np.ndarray], names: list[str]) -> list[dict[str, Any]]:
         from dataclasses import asdict
 
         found = model.caption(pixels, options.prompt, options.seed, **decoding)
@@ -98,24 +105,57 @@ def answer_questions(options: argparse.Namespace) -> int:
         if not (isinstance(choices, list) and choices and all(isinstance(each, str) for each in choices)):
             raise ValueError(f"{options.answers}: no list of answers; `blip data answers` makes one")
 
-    def say(model: Model, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+    own = None if options.questions is None else _own_questions(options.questions, options.pictures)
+
+    def say(model: Model, pixels: list[np.ndarray], names: list[str]) -> list[dict[str, Any]]:
+        asked = [options.question if own is None else own[name] for name in names]
         return [
             {
                 "answers": [
                     {"question": question, "answer": found.text, "log_prob": found.log_prob}
-                    for question, found in zip(options.question, row, strict=True)
+                    for question, found in zip(questions, row, strict=True)
                 ]
             }
-            for row in model.answer(pixels, options.question, choices)
+            for questions, row in zip(asked, model.answer(pixels, asked, choices), strict=True)
         ]
 
-    return _run(options, say, {"question": options.question, "choices": choices})
+    questions = (
+        options.question if own is None else hashlib.blake2b(json.dumps(own).encode(), digest_size=16).hexdigest()
+    )
+    return _run(options, say, {"question": questions, "choices": choices}, own)
+
+
+def _own_questions(file: Path, pictures: list[str]) -> dict[str, list[str]]:
+    """{name of a picture: its questions} of JSON lines; there a picture may go by the end of its path, such as its file's name."""
+    from blip.datamodules.files import find
+
+    names: dict[str, list[str]] = {}
+    for place in find(pictures):
+        names.setdefault(os.path.basename(place.name), []).append(place.name)
+    questions: dict[str, list[str]] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            picture, question = str(row["picture"]), str(row["question"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f'{file}: line {number}: expected {{"picture": "NAME", "question": "..."}}, not {line[:80]}'
+            ) from error
+        found = [name for name in names.get(os.path.basename(picture), []) if f"/{name}".endswith(f"/{picture}")]
+        if len(found) != 1:
+            raise ValueError(
+                f"{file}: line {number}: {len(found) or 'none'} of the pictures that were given is {picture}"
+            )
+        questions.setdefault(found[0], []).append(question)
+    if not questions:
+        raise ValueError(f"{file}: no questions there")
+    return questions
 
 
 def match_pictures(options: argparse.Namespace) -> int:
     """Tells how well texts fit pictures: {"picture", "matches": [{"text", "probability" (ITM), "cosine" (ITC)}]}."""
 
-    def say(model: Model, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+    def say(model: Model, pixels: list[np.ndarray], names: list[str]) -> list[dict[str, Any]]:
         rows = model.match(pixels, options.text)
         return [
             {
@@ -133,7 +173,7 @@ def match_pictures(options: argparse.Namespace) -> int:
 def embed_pictures(options: argparse.Namespace) -> int:
     """Gives unit vectors in the space that pictures and texts share: {"picture", "embedding": [...]}."""
 
-    def say(model: Model, pixels: list[np.ndarray]) -> list[dict[str, Any]]:
+    def say(model: Model, pixels: list[np.ndarray], names: list[str]) -> list[dict[str, Any]]:
         return [{"embedding": [round(float(x), 6) for x in row]} for row in model.embed(pixels)]
 
     return _run(options, say, {})
@@ -170,14 +210,14 @@ def search_pictures(options: argparse.Namespace) -> int:
 # the run over many pictures -------------------------------------------------------------------------------------------
 
 
-def _run(options: argparse.Namespace, say: Say, settings: dict[str, Any]) -> int:
-    """Status 0, or 1 where no picture could be read."""
+def _run(options: argparse.Namespace, say: Say, settings: dict[str, Any], only: Container[str] | None = None) -> int:
+    """Status 0, or 1 where no picture could be read. only: the names of those of the pictures that are looked at."""
     from blip.api import load
     from blip.datamodules.files import Place, find
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size}: at least 1")
-    places = find(options.pictures)
+    places = [place for place in find(options.pictures) if only is None or place.name in only]
     model = load(options.model, options.tokenizer, options.device, options.precision)
     settings = {"command": options.run.__name__.split("_")[0], "model": model.fingerprint, **settings}
     broken: dict[str, str] = {}
@@ -192,8 +232,9 @@ def _run(options: argparse.Namespace, say: Say, settings: dict[str, Any]) -> int
                 except ValueError as error:
                     broken[place.name] = str(error).removeprefix(f"{place.name}: ")
             if read:
-                for (place, _), row in zip(read, say(model, [pixels for _, pixels in read]), strict=True):
-                    file.write(json.dumps({"picture": place.name, **row}, ensure_ascii=False) + "\n")
+                names = [place.name for place, _ in read]
+                for name, row in zip(names, say(model, [pixels for _, pixels in read], names), strict=True):
+                    file.write(json.dumps({"picture": name, **row}, ensure_ascii=False) + "\n")
                 file.flush()
             told.show(min(start + options.batch_size, len(left)))
     for name, why in list(broken.items())[:NAMED]:

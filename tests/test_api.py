@@ -106,7 +106,13 @@ def test_an_answer_does_not_hang_on_the_questions_and_pictures_beside_it(saved: 
                 alone = model.answer(image, question, **options)
                 assert alone.text == among.text
                 assert alone.log_prob == pytest.approx(among.log_prob, rel=1e-4)
+        own = model.answer(several[:2], [wanted[1:], wanted], **options)  # of each picture its own
+        assert [[each.text for each in row] for row in own] == [
+            [each.text for each in row] for row in (together[0][1:], together[1])
+        ]
     assert {each.text for row in together for each in row} <= set(choices)
+    with pytest.raises(ValueError, match="2 lists of questions for 3 pictures"):
+        model.answer(several, [wanted, wanted])
 
 
 def test_a_model_says_what_it_was_not_made_for(model: Model, saved: Callable[..., Path]):
@@ -244,6 +250,37 @@ def test_answers_are_chosen_from_a_file_of_answers(saved: Callable[..., Path], f
     (tmp_path / "answers.json").write_text('{"dog": 1}')
     with pytest.raises(ValueError, match="no list of answers"):
         run("answer", model, folder, "--question", "what is it?", "--answers", tmp_path / "answers.json")
+
+
+def test_each_picture_is_asked_its_own_questions_and_the_others_none(
+    saved: Callable[..., Path], folder: Path, tmp_path: Path
+):
+    asked = [("below/c.jpg", "is it red?"), ("3.png", "what is it?"), ("c.jpg", "how many dogs are there?")]
+    file, out, model = tmp_path / "questions.jsonl", tmp_path / "out.jsonl", saved(questions=True)
+    file.write_text("".join(json.dumps({"picture": name, "question": text}) + "\n" for name, text in asked))
+    assert run("answer", model, folder, "--questions", file, "--out", out) == 0
+    found = {Path(row["picture"]).name: [each["question"] for each in row["answers"]] for row in rows(out)}
+    assert found == {"3.png": ["what is it?"], "c.jpg": ["is it red?", "how many dogs are there?"]}
+    file.write_text('{"picture": "a.jpg", "question": "what is it?"}\n')
+    with pytest.raises(ValueError, match=r"other settings \(question\)"):
+        run("answer", model, folder, "--questions", file, "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"picture": "a.jpg"}', "line 1: expected"),
+        ("what is it?", "line 1: expected"),
+        ('{"picture": "d.jpg", "question": "what is it?"}', r"line 1: none of the pictures that were given is d\.jpg"),
+        ("", "no questions there"),
+    ],
+)
+def test_a_line_that_is_no_question_of_a_picture_is_named(
+    saved: Callable[..., Path], folder: Path, tmp_path: Path, line: str, told: str
+):
+    (tmp_path / "questions.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=told):
+        run("answer", saved(questions=True), folder, "--questions", tmp_path / "questions.jsonl")
 
 
 def test_nothing_but_broken_pictures_is_a_failure(
