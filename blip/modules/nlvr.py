@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,10 @@ class TwinCrossAttention(nn.Module):
 
     def look(self, states: Tensor, mask: Tensor | None = None) -> CrossKV:
         """States [B, 2 N, look_width] of two pictures, one after the other, to keys and values in the same order."""
-        pairs = [half.look(part) for half, part in zip(self.halves, states.chunk(2, 1), strict=True)]
-        key, value = (torch.cat([getattr(pair, side) for pair in pairs], dim=2) for side in ("key", "value"))
+        first, second = (
+            cast(Look, half).look(part) for half, part in zip(self.halves, states.chunk(2, 1), strict=True)
+        )
+        key, value = torch.cat([first.key, second.key], dim=2), torch.cat([first.value, second.value], dim=2)
         return CrossKV(key, value, None if mask is None else mask[:, None, None])
 
     def forward(self, x: Tensor, layout: TextLayout, cross: CrossKV) -> Tensor:
@@ -70,7 +73,8 @@ class NLVR(Backbone):
         width = config.med.width
         for number, block in enumerate(self.med.blocks()):
             merge = nn.Linear(2 * width, width) if number >= merge_from else Average()
-            block.cross_attention = TwinCrossAttention(config.med, merge).apply(self.med.initialise)
+            twin = TwinCrossAttention(config.med, merge).apply(self.med.initialise)
+            block.cross_attention = twin  # type: ignore[assignment]  # what a block looks with is not its affair
         self.nlvr_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
     def nlvr_logits(self, image: Tensor, input_ids: Tensor, layout: TextLayout, row: Tensor | None = None) -> Tensor:
