@@ -13,6 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from blip.datamodules import remote
 from blip.datamodules.batches import RecordBatch
@@ -23,6 +25,7 @@ from blip.datamodules.questions import QuestionsDataModule
 from blip.datamodules.statements import StatementsDataModule
 from blip.datamodules.stream import StreamDataModule, fitting_prefetch
 from blip.layout import TextLayout
+from blip.main import CONF
 from tests.datamodules.making import pair, tar_of, write_records, write_shards, write_vocabulary
 from tests.datamodules.serving import serving
 
@@ -296,6 +299,34 @@ def test_a_set_of_clips_stands_beside_sets_of_pictures(data, tmp_path, kind):
 def test_sets_that_say_nonsense_are_refused(data, kind, spec, said):
     with pytest.raises(ValueError, match=said):
         module(data, kind, test={"main": {"shards": "x"} | spec})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "size", "prompt"),
+    [
+        ("coco_caption", "pairs", 384, "a picture of "),
+        ("nocaps", "pairs", 384, ""),
+        ("coco_retrieval", "pairs", 384, ""),
+        ("flickr30k", "pairs", 384, ""),
+        ("vqa", "questions", 480, None),
+        ("nlvr2", "statements", 384, None),
+        ("visdial", "rounds", 384, None),
+        ("msrvtt_retrieval", "pairs", 384, ""),
+        ("msrvtt_qa", "questions", 480, None),
+        ("msvd_qa", "questions", 480, None),
+    ],
+)
+def test_the_papers_data_sets_are_what_their_configs_make(name, kind, size, prompt):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        made = compose("config", [f"data={name}", "paths.root=/nowhere"]).data
+        made.seed = 0
+        datamodule = instantiate(made, _convert_="all")
+    assert (datamodule.kind.name, datamodule.image_size, getattr(datamodule, "prompt", None)) == (kind, size, prompt)
+    assert datamodule.test_names[0] == "main"
+    assert tuple(datamodule.augment.scale) == (0.5, 1.0) or not datamodule.sources
+    assert not (kind != "pairs" and datamodule.augment.flip), "a mirrored picture makes left and right false"
+    frames = {"msrvtt_retrieval": 8, "msrvtt_qa": 16, "msvd_qa": 16}.get(name)
+    assert {spec.get("frames") for spec in datamodule.test.values()} == {frames}
 
 
 # pairs that fail
