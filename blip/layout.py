@@ -15,12 +15,13 @@ class TextLayout:
 
     Linear layers and norms see `[T, D]`, only real tokens; attention sees `[R, L, D]`. `index` [T] is the place of each
     packed token in the flattened grid (R * L), `mask` [R, L] is True where the grid holds a token, `firsts` [R] is the
-    place of each text's first token among the packed ones.
+    place of each text's first token among the packed ones. `whole`: packed is the grid itself, so that nothing moves.
     """
 
     index: Tensor
     mask: Tensor
     firsts: Tensor
+    whole: bool = False
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], longest: int | None = None) -> TextLayout:
@@ -40,7 +41,7 @@ class TextLayout:
         """
         rows, longest = mask.shape
         everywhere = torch.arange(rows * longest, device=mask.device)
-        return cls(everywhere, mask, everywhere[::longest])
+        return cls(everywhere, mask, everywhere[::longest], whole=True)
 
     @property
     def rows(self) -> int:
@@ -52,11 +53,15 @@ class TextLayout:
 
     def pad(self, packed: Tensor) -> Tensor:
         """[T, ...] -> [R, L, ...], zero where no token sits."""
+        if self.whole:
+            return packed.unflatten(0, self.mask.shape)
         grid = packed.new_zeros(self.mask.numel(), *packed.shape[1:])
         return grid.index_copy(0, self.index, packed).unflatten(0, self.mask.shape)
 
     def pack(self, grid: Tensor) -> Tensor:
         """[R, L, ...] -> [T, ...]."""
+        if self.whole:
+            return grid.flatten(0, 1)
         return grid.flatten(0, 1).index_select(0, self.index)
 
     def beside(self, other: TextLayout) -> TextLayout:

@@ -86,17 +86,29 @@ def nucleus(scores: Tensor, decoding: Decoding) -> Tensor:
     """Weights [..., V] to draw by: temperature, the top k, then the fewest tokens that hold top_p; ties at an edge stay."""
     if decoding.temperature != 1:
         scores = scores / decoding.temperature
-    highest = None
     if 0 < decoding.top_k < scores.shape[-1]:
-        highest = scores.topk(decoding.top_k).values
-        scores = scores.masked_fill(scores < highest[..., -1:], float("-inf"))
+        edge = scores.topk(decoding.top_k).values[..., -1:]
+        scores = scores.masked_fill(scores < edge, float("-inf"))
     weights = scores.softmax(-1)
-    if decoding.top_p < 1:
-        highest = weights.sort(descending=True).values if highest is None else weights.topk(decoding.top_k).values
-        before = highest.cumsum(-1) - highest
-        edge = highest.masked_fill(before > decoding.top_p, 2.0).amin(-1, keepdim=True)
-        weights = weights.masked_fill(weights < edge, 0.0)
-    return weights
+    return weights if decoding.top_p == 1 else weights.masked_fill(~heaviest(weights, decoding.top_p), 0.0)
+
+
+def heaviest(weights: Tensor, share: float) -> Tensor:
+    """True for the fewest weights [..., V] (which sum to 1) that hold `share`, those as float32 equal to the last as well.
+
+    Without sorting, which for a whole vocabulary costs a CPU more than the output layer: the bits of a positive float32 are
+    in its order, so the last one is found in three histograms: of the highest bits, then of lower ones among those.
+    """
+    bits = weights.float().view(torch.int32)  # below 2 ** 30, for no weight is above 1
+    last, above, counted = 0, 0.0, weights
+    for shift in (20, 10, 0):
+        key = (bits >> shift) & 1023
+        held = weights.new_zeros(*weights.shape[:-1], 1024).scatter_add_(-1, key.long(), counted)
+        higher = above + held.flip(-1).cumsum(-1).flip(-1) - held
+        place = ((higher <= share) & (held > 0)).byte().argmax(-1, keepdim=True)
+        counted, above = counted.masked_fill(key != place, 0.0), higher.gather(-1, place)
+        last = (last << 10) + place
+    return bits >= last
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:

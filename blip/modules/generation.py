@@ -13,21 +13,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip.layout import TextLayout
 from blip.modules.decoding import Decoding, controlled, draw, noise, nucleus
 from blip.modules.losses import at_least_float32
 from blip.modules.med import MED, Cache, CrossKV
+from blip.modules.packing import packed
 
 __all__ = ["Decoding", "Texts", "generate", "noise"]
 
-LOOK_EVERY = 4  # how many tokens to write between two looks at which texts have ended (a wait for the device)
 NEVER = float("-inf")
+SHARE_LEFT = 0.75  # pictures leave when no more than this are left: keys and values of those that stay are copied
 
 
 @dataclass(frozen=True)
@@ -86,23 +87,43 @@ def generate(
         search = Beams(step, decoding, end, pad, dtype)
     else:
         search = Samples(step, decoding, end, pad, dtype, uniform)
-    caches = med.caches(pictures, decoding.max_length - 1, like)
+    if like.device.type == "cpu":  # where products would copy what is not contiguous, at every token
+        cross = [CrossKV(kv.key.contiguous(), kv.value.contiguous(), kv.mask) for kv in cross]
+    with packed(token_layers(med)) if like.device.type == "cpu" and like.dtype == torch.bfloat16 else nullcontext():
+        write(med, cross, step, search)
+    return search.texts()
+
+
+def write(med: MED, cross: list[CrossKV], step: Tensor, search: Beams | Samples) -> None:
+    """The loop: from the prompts [P, t] on until all texts are complete."""
+    pictures, most = step.shape[0], search.decoding.max_length
+    caches = med.caches(pictures, most - 1, cross[0].key)
     while True:
         logits = at_least_float32(next_logits(med, step, cross, caches))
         tokens, rows = search.step(logits.unflatten(0, (pictures, -1)))
-        if search.length == decoding.max_length:
-            search.flush()
-            return search.texts()
-        if search.length % LOOK_EVERY == 0 and (left := search.compact()) is not None:
+        if search.length == most:
+            return search.flush()
+        if search.length % look_every(step.device) == 0 and (left := search.compact()) is not None:
             kept, still = left
             if not len(kept):
-                return search.texts()
+                return
             tokens, rows = tokens[still], still if rows is None else rows[still]
             if len(kept) < pictures:
                 cross, pictures = [kv.select(kept) for kv in cross], len(kept)
         if rows is not None:
             caches = [cache.select(rows) for cache in caches]
         step = tokens[:, None]
+
+
+def look_every(device: torch.device) -> int:
+    """How many tokens to write between two looks at which texts have ended; elsewhere than on a CPU a look is a wait."""
+    return 1 if device.type == "cpu" else 4
+
+
+def token_layers(med: MED) -> list[nn.Linear]:
+    """The linear layers that every token passes: the decoder's but for keys and values, and the output's."""
+    named = [*med.decoder.named_modules(), *med.lm_head.named_modules()]
+    return [layer for name, layer in named if isinstance(layer, nn.Linear) and not name.endswith("key_value")]
 
 
 def next_logits(med: MED, step: Tensor, cross: list[CrossKV], caches: list[Cache]) -> Tensor:
@@ -179,12 +200,12 @@ class Samples(Search):
         return tokens.flatten(), came
 
     def compact(self) -> tuple[Tensor, Tensor] | None:
-        """Drops pictures that are complete, and as many rows as have ended in each. Which pictures and rows are left, or
-        None where all are."""
-        (pictures, rows), running = self.ended.shape, (~self.ended).sum(1)
-        counts = running.tolist()
+        """Drops complete pictures, and as many rows as have ended in each. Which pictures and rows are left; None: all."""
+        (pictures, rows), counts = self.ended.shape, (~self.ended).sum(1).tolist()
         left = [picture for picture, count in enumerate(counts) if count]
         most = max(counts)
+        if len(left) > SHARE_LEFT * pictures:
+            left = list(range(pictures))
         if len(left) == pictures and most == rows:
             return None
         self.flush()
@@ -247,9 +268,9 @@ class Beams(Search):
         self.best_log_probs = take(torch.cat([self.best_log_probs, log_probs], 1), order)
 
     def compact(self) -> tuple[Tensor, Tensor] | None:
-        """Drops pictures whose search is over. Which pictures and rows are left, or None where all are."""
+        """Drops pictures whose search is over. Which pictures and rows are left; None: all."""
         kept = (~self.done).nonzero().flatten()
-        if len(kept) == len(self.done):
+        if len(kept) > SHARE_LEFT * len(self.done):
             return None
         self.flush()
         for name in ("ids", "log_probs", "sums", "best_ids", "best_log_probs", "best", "done", "place"):

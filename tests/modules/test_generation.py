@@ -68,13 +68,14 @@ def test_a_picture_s_texts_are_the_same_alone_and_in_a_batch(model: BLIP, way: s
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("every", [1, 3, 100])
+@pytest.mark.parametrize(("every", "share"), [(1, 1.0), (3, 0.9), (1, 0.5), (100, 1.0)])
 def test_texts_are_the_same_whenever_those_that_ended_leave(
-    model: BLIP, way: str, every: int, monkeypatch: pytest.MonkeyPatch
+    model: BLIP, way: str, every: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cross = looked_at(model)
     want = write(model, cross, **WAYS[way])
-    monkeypatch.setattr(generation, "LOOK_EVERY", every)
+    monkeypatch.setattr(generation, "look_every", lambda device: every)
+    monkeypatch.setattr(generation, "SHARE_LEFT", share)
     got = write(model, cross, **WAYS[way])
     assert torch.equal(got.ids, want.ids)
     assert torch.equal(got.lengths, want.lengths)
