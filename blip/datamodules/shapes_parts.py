@@ -1,6 +1,9 @@
 """Parts of the embedded world for tasks beyond pairs: drawn beside the pairs, each when a run first asks for it.
 
-    questions/{train,val,test}/*.tar    KEY.jpg, KEY.json {"questions": [...], "scene": {...}}
+    questions/{train,val,test}/*.tar     KEY.jpg, KEY.json {"questions": [...], "scene": {...}}
+    statements/{train,val,test}/*.tar    KEY.0.jpg, KEY.1.jpg, KEY.json {"statements": [...], "scenes": [left, right]}
+    rounds/{train,val,test}/*.tar        KEY.jpg, KEY.json {"caption": "...", "rounds": [...], "scene": {...}}
+    clips/{val,test}/*.tar               KEY.mp4, KEY.json {"captions": [...], "questions": [...], "scene": {...}, "tracks": [...]}
 
 Contents of the world's val and test are those of each part's val and test, drawn at other places, and occur in no training
 part: whoever was pre-trained on the world's pairs has met none of them. Each part is whole or not at all, and its bytes
@@ -16,16 +19,24 @@ from typing import Any, ClassVar
 
 import cv2
 
+from blip.datamodules.dialogues import DialoguesDataModule
 from blip.datamodules.drawn import drawn
+from blip.datamodules.pairs import PairsDataModule
 from blip.datamodules.questions import QuestionsDataModule
-from blip.datamodules.shapes import HELD_OUT, VERSION, held_out_scenes, write_world
+from blip.datamodules.shapes import CAPTIONS, HELD_OUT, VERSION, held_out_scenes, write_world
+from blip.datamodules.shapes_dialogues import THINGS, dialogue
+from blip.datamodules.shapes_language import captions
+from blip.datamodules.shapes_motion import film, mp4, tracks
 from blip.datamodules.shapes_questions import ANSWER_TYPES, Balance, Question, ask
 from blip.datamodules.shapes_scenes import Scene, draw_scene, jpeg, place, seeded
+from blip.datamodules.shapes_statements import state
+from blip.datamodules.statements import StatementsDataModule
 from blip.datamodules.stream import StreamDataModule
 from blip.datamodules.tars import as_json, write_tar
 
 SHARD = 500  # records of a shard, among which answers are even
 QUESTIONS = 4  # of one picture
+STATEMENTS = 4  # of two pictures
 PEOPLE = 10  # who all give the same answer, as many as in VQA v2
 
 Samples = Iterator[tuple[str, dict[str, bytes]]]
@@ -102,6 +113,49 @@ def _questions(scenes: Scenes, numbers: range) -> Samples:
         yield key, {"jpg": jpeg(scene, rng), "json": as_json(record)}
 
 
+def _statements(scenes: Scenes, numbers: range) -> Samples:
+    balance = Balance()
+    for number in numbers:
+        rng, key = scenes.rng(number), f"{number:06d}"
+        left = scenes.scene(number % 3 + 1, number // 3, rng)
+        right = scenes.scene(rng.randint(1, 3), rng.randrange(2**32), rng)
+        said = state(left.description, right.description, rng, balance, STATEMENTS)
+        entries = [
+            {"id": f"{key}-{n}", "sentence": one.text, "label": one.truth, "statement_type": one.kind}
+            for n, one in enumerate(said)
+        ]
+        record = {"statements": entries, "scenes": [left.to_json(), right.to_json()]}
+        yield key, {"0.jpg": jpeg(left, rng), "1.jpg": jpeg(right, rng), "json": as_json(record)}
+
+
+def _rounds(scenes: Scenes, numbers: range) -> Samples:
+    for number in numbers:
+        rng = scenes.rng(number)
+        scene = scenes.scene(THINGS, number, rng)
+        yield (
+            f"{number:06d}",
+            {
+                "jpg": jpeg(scene, rng),
+                "json": as_json(dialogue(scene, rng) | {"scene": scene.to_json()}),
+            },
+        )
+
+
+def _clips(scenes: Scenes, numbers: range) -> Samples:
+    balance = Balance()
+    for number in numbers:
+        rng, key = scenes.rng(number), f"{number:06d}"
+        scene = scenes.scene(number % 2 + 2, number // 2, rng)
+        turns = tracks(scene, rng)
+        record = {
+            "captions": captions(scene.description, rng, CAPTIONS),
+            "questions": _asked(key, ask(scene, rng, balance, QUESTIONS)),
+            "scene": scene.to_json(),
+            "tracks": [turn._asdict() for turn in turns],
+        }
+        yield key, {"mp4": mp4(film(scene, turns, f"{scenes.seed}/{scenes.split}/{key}")), "json": as_json(record)}
+
+
 def _asked(key: str, questions: list[Question]) -> list[dict[str, Any]]:
     return [
         {
@@ -117,6 +171,9 @@ def _asked(key: str, questions: list[Question]) -> list[dict[str, Any]]:
 
 PARTS: dict[str, tuple[tuple[str, ...], Callable[[Scenes, range], Samples]]] = {
     "questions": (("train", "val", "test"), _questions),
+    "statements": (("train", "val", "test"), _statements),
+    "rounds": (("train", "val", "test"), _rounds),
+    "clips": (("val", "test"), _clips),
 }
 """Part -> (its splits, what draws the records of a shard)."""
 
@@ -150,3 +207,19 @@ class _Part(StreamDataModule):
 
 class ShapesQuestions(_Part, QuestionsDataModule):
     part = "questions"
+
+
+class ShapesStatements(_Part, StatementsDataModule):
+    part = "statements"
+
+
+class ShapesDialogues(_Part, DialoguesDataModule):
+    part = "rounds"
+
+
+class ShapesClips(_Part, PairsDataModule):
+    part = "clips"
+
+
+class ShapesClipQuestions(_Part, QuestionsDataModule):
+    part = "clips"

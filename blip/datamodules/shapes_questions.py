@@ -88,7 +88,10 @@ def named(pattern: Thing, rng: random.Random, many: bool = False) -> str:
 
 
 def a_named(pattern: Thing, rng: random.Random) -> str:
-    name = named(pattern, rng)
+    return with_article(named(pattern, rng))
+
+
+def with_article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 

@@ -214,12 +214,23 @@ _GRAIN = np.random.Generator(np.random.Philox(key=64)).standard_normal((256, 256
 
 def render(scene: Scene, rng: random.Random) -> np.ndarray:
     """The picture, uint8 [64, 64, 3] RGB: anti-aliased, with uneven light and a little grain."""
-    picture = np.empty((SIDE, SIDE, 3), np.float32)
-    picture[:] = _jitter(rng, BACKGROUNDS[scene.description.background or ""])
+    picture = ground(scene.description.background, rng)
     for thing, place in zip(scene.description.things, scene.places, strict=True):
-        _paint(picture, thing, place, rng)
+        paint(picture, thing, place, rng)
+    return lit(picture, rng)
+
+
+def ground(background: str | None, rng: random.Random) -> np.ndarray:
+    """An empty picture, float32 [64, 64, 3]."""
+    picture = np.empty((SIDE, SIDE, 3), np.float32)
+    picture[:] = _jitter(rng, BACKGROUNDS[background or ""])
+    return picture
+
+
+def lit(picture: np.ndarray, rng: random.Random) -> np.ndarray:
+    """The finished picture, uint8: light from one side, and grain."""
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.0, 0.12)
-    picture *= (1 + strength * (math.cos(angle) * _X + math.sin(angle) * _Y))[..., None]
+    picture = picture * (1 + strength * (math.cos(angle) * _X + math.sin(angle) * _Y))[..., None]
     top, left = rng.randrange(256 - SIDE), rng.randrange(256 - SIDE)
     picture += rng.uniform(0.5, 2.5) * _GRAIN[top : top + SIDE, left : left + SIDE]
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
@@ -234,7 +245,7 @@ def _jitter(rng: random.Random, colour: tuple[int, int, int]) -> np.ndarray:
     return np.array([channel + rng.uniform(-8, 8) for channel in colour], np.float32)
 
 
-def _paint(picture: np.ndarray, thing: Thing, place: tuple[float, float, float], rng: random.Random) -> None:
+def paint(picture: np.ndarray, thing: Thing, place: tuple[float, float, float], rng: random.Random) -> None:
     """Lays one thing over the picture, in place."""
     x, y, radius = place
     reach = 1.15 * radius + 1
