@@ -31,10 +31,10 @@ class Batch(RecordBatch):
     references: list[list[str]]
 
 
-def collate(samples: Sequence[Sample], words: Words, prompt: str = "") -> Batch:
-    """Samples -> Batch; `prompt` stands before each text. ValueError with text and id where an id is out of the model's range."""
+def collate(samples: Sequence[Sample], words: Words) -> Batch:
+    """Samples -> Batch. ValueError with text and id where an id is out of the model's range."""
     texts = [text for sample in samples for text in sample.entries]
-    input_ids, layout = words.encode([prompt + clean_caption(text, words.max_words) for text in texts])
+    input_ids, layout = words.encode([clean_caption(text, words.max_words) for text in texts])
     return Batch(
         **common(samples),
         input_ids=input_ids,
@@ -49,24 +49,22 @@ class PairsDataModule(StreamDataModule):
     """Pairs of one picture and one text; of a set with `frames`, of one clip.
 
     captions: `all` (each text is a pair of its own) or `one` (each picture once, its text drawn); a set of validation or test
-        shows the `first` text of a picture (by default) or `all`
-    prompt: stands before each text of training, and counts as the text does ("a picture of ", to fine-tune a captioner);
+        shows the `first` text of a picture (by default) or `all`;
     all else is `StreamDataModule`'s
     """
 
     kind = PAIRS
 
-    def __init__(self, *, captions: str = "all", prompt: str = "", **stream: Any) -> None:
+    def __init__(self, *, captions: str = "all", **stream: Any) -> None:
         super().__init__(**stream)
         if captions not in ("all", "one"):
             raise ValueError(
                 f"captions={captions!r}: `all` (each text a pair) or `one` (each picture once, text drawn)"
             )
         self.captions = self.entries = captions
-        self.prompt = prompt
 
     def collator(self, training: bool) -> Callable[[Sequence[Sample]], Batch]:
-        return partial(collate, words=self.words, prompt=self.prompt if training else "")
+        return partial(collate, words=self.words)
 
     def shown(self, spec: Mapping[str, Any]) -> str:
         return spec.get("captions", "first")

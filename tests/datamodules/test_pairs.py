@@ -1,4 +1,4 @@
-"""A batch of pairs: each text with its picture, behind the prompt where there is one."""
+"""A batch of pairs: each text with its picture."""
 
 from __future__ import annotations
 
@@ -63,23 +63,10 @@ def test_in_evaluation_texts_know_the_row_of_their_picture_and_all_are_reference
         assert [text for texts in batch.references for text in texts] == batch.texts
 
 
-def test_a_prompt_stands_before_each_text_of_training_alone(data):
-    known = module(data).tokenizer
-    prompted = module(data, prompt="a picture of ", max_tokens=8)
-    batch = next(iter(prompted.train_dataloader()))
-    grid = batch.layout.pad(batch.input_ids)
-    said = [known.decode(row[mask].tolist()) for row, mask in zip(grid, batch.layout.mask, strict=True)]
-    assert said == [f"a picture of {' '.join(text.split()[:3])}" for text in batch.texts], "the prompt counts, too"
-    assert grid[:, 0].unique().tolist() == [known.cls_id]
-    (loader,) = prompted.val_dataloader()
-    batch = next(iter(loader))
-    assert known.decode(batch.layout.pad(batch.input_ids)[0].tolist()) == " ".join(batch.texts[0].split()[:6])
-
-
-def test_the_prompt_is_not_cleaned_away_and_does_not_count_as_words():
+def test_a_text_is_cleaned_and_kept_as_it_stands():
     known = words(max_words=2)
-    batch = collate([sample(0, ["Red (blue) green"])], known, prompt="a picture is ")
-    assert spoken(known, batch.input_ids, batch.layout) == ["a picture is red blue"]
+    batch = collate([sample(0, ["Red (blue) green"])], known)
+    assert spoken(known, batch.input_ids, batch.layout) == ["red blue"]
     assert batch.texts == ["Red (blue) green"]
 
 
