@@ -196,7 +196,7 @@ def imagined(said: Description, known: Facts, rng: random.Random) -> Description
         things = []
         for n, thing in enumerate(said.things):
             colour = thing.colour if (n, "colour") in known.slots else colours.pop()
-            drawn = Thing(rng.choice(_SHAPES[colour]), colour, rng.choice(SIZES), rng.choice(TEXTURES))
+            drawn = Thing(rng.choice(_SHAPES[colour or ""]), colour, rng.choice(SIZES), rng.choice(TEXTURES))
             told = {slot: getattr(thing, slot) for slot in ("shape", "size", "texture") if (n, slot) in known.slots}
             things.append(drawn._replace(**told))
         relations = tuple((a, r if a in known.links else rng.choice(RELATIONS), b) for a, r, b in said.relations)

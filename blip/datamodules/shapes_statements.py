@@ -7,7 +7,7 @@ frequent with true as with false statements, so that it takes both.
 
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from blip.datamodules.shapes_language import SLOTS, VALUES
 from blip.datamodules.shapes_questions import Balance, a_named, fits, is_reserved, named, parts, said_slots
@@ -36,7 +36,7 @@ class Statement(NamedTuple):
     text: str
     truth: bool
     case: Hashable
-    cases: Mapping[Hashable, int]
+    cases: Mapping[Any, int]
 
 
 def state(left: Description, right: Description, rng: random.Random, balance: Balance, count: int) -> list[Statement]:
