@@ -177,6 +177,15 @@ class StreamDataModule(pl.LightningDataModule):
         """Global batches in an epoch, the same on every rank."""
         return self.plan.pairs // (self.batch_size * world_size)
 
+    def training_shards(self) -> set[str]:
+        """Digests of the contents of all shards that are trained on."""
+        return {digest.decode() for index in self.indexes for digest in index.digests.tolist()}
+
+    def evaluation_shards(self, stage: str, name: str) -> set[str]:
+        """The same of a set of `val` or `test`."""
+        sets = {"val": self.val, "test": self.test}
+        return {digest.decode() for digest in index_of(sets[stage][name], self.kind).digests.tolist()}
+
     def describe(self) -> str:
         """Counts of each source and of what is left out, for the log."""
         _, world_size = self._rank()

@@ -69,7 +69,8 @@ class Weights:
     """What a file holds: tensors under our names, and what else is needed to rebuild the model.
 
     layout: `released`, `transformers` or `blip`. config (YAML) and tokenizer (JSON) are texts, empty where the file has
-    none. heads: of image encoder and text transformer, where the file says them.
+    none. heads: of image encoder and text transformer, where the file says them. trained_on: digests of all shards that its
+    weights have been trained on, as far as the file says.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Weights:
     config: str = ""
     tokenizer: str = ""
     heads: tuple[int, int] | None = None
+    trained_on: tuple[str, ...] = ()
 
 
 # reading --------------------------------------------------------------------------------------------------------------
@@ -98,7 +100,9 @@ def read(path: str | Path) -> Weights:
     tensors = _tensors(path, content)
     if any(name.startswith("model.visual_encoder.") for name in tensors):
         texts = {key: content[key] for key in ("config", "tokenizer") if isinstance(content.get(key), str)}
-        return Weights(path, "blip", tensors, {}, **texts)
+        seen = content.get("trained_on")
+        trained_on = tuple(map(str, seen)) if isinstance(seen, list) else ()
+        return Weights(path, "blip", tensors, {}, **texts, trained_on=trained_on)
     transformers = any(name.startswith("vision_model.") for name in tensors)
     try:
         ours, dropped = (from_transformers if transformers else from_released)(tensors)
@@ -343,7 +347,7 @@ def convert(
         if not text:
             raise ValueError(f"{source} holds no tokenizer: give the vocabulary that its model was trained with")
         yaml = weights.config or json.dumps({"model": nodes(sizes(tensors, heads))}, indent=2)  # JSON is YAML
-        content = {"state_dict": tensors, "config": yaml, "tokenizer": text}
+        content = {"state_dict": tensors, "config": yaml, "tokenizer": text, "trained_on": list(weights.trained_on)}
         _write(destination, lambda path: torch.save(content, path))
     else:
         raise ValueError(f"unknown layout {to!r}; choose released, transformers or blip")

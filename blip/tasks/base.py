@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from blip.modules.blip import BLIP, BLIPConfig
@@ -82,6 +83,7 @@ class Task(L.LightningModule):
         self.seed = seed
         self.config_yaml = ""
         self.results: dict[str, float] = {}
+        self.trained_on: set[str] = set()  # digests of shards, those of earlier runs too
         self.micro_batch = 0  # micro-batches since the last optimizer step
 
     def make_model(self, config: BLIPConfig) -> nn.Module:
@@ -122,6 +124,9 @@ class Task(L.LightningModule):
     def progress(self) -> float:
         """Share of the run that is done, by optimizer steps."""
         return self.global_step / self.total_steps
+
+    def on_fit_start(self) -> None:
+        self.trained_on |= self.trainer.datamodule.training_shards()  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         # Dropout is a function of seed, step and rank: a restart draws what the uninterrupted run drew.
@@ -181,7 +186,19 @@ class Task(L.LightningModule):
             self.results.update({f"{stage}/{label}/{k}": v for k, v in evaluator.compute(self.model).items()})
             self.scored(stage, label, evaluator)
             evaluator.reset()
+            if share := self._share_trained_on(stage, name):
+                self.results[f"{stage}/{label}/trained_on_it"] = 100 * share
         self._set += 1
+
+    def _share_trained_on(self, stage: str, name: str) -> float:
+        """How many of a set's shards the model was trained on; said in the log, for such a score is none of unseen data."""
+        shards = self.trainer.datamodule.evaluation_shards(stage, name)  # type: ignore[attr-defined]
+        share = len(shards & self.trained_on) / len(shards) if shards else 0.0
+        if share:
+            rank_zero_warn(
+                f"{stage} set {name}: the model was trained on {share:.0%} of its shards, so these are no scores of unseen data"
+            )
+        return share
 
     def scored(self, stage: str, label: str, evaluator: Any) -> None:
         """What a task does with an evaluator that has all of a set and has computed its numbers."""
@@ -245,6 +262,7 @@ class Task(L.LightningModule):
                 f"{path} was trained with another vocabulary ({len(theirs)} pieces) than the data's "
                 f"({len(self.tokenizer)} pieces): set data.tokenizer to its own"
             )
+        self.trained_on |= set(weights.trained_on)
         return self.take(weights)
 
     def take(self, weights: Weights) -> list[Report]:
@@ -258,3 +276,7 @@ class Task(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config_yaml
         checkpoint["tokenizer"] = self.tokenizer_json
+        checkpoint["trained_on"] = sorted(self.trained_on)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_on |= set(checkpoint.get("trained_on", ()))

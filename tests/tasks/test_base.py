@@ -174,11 +174,52 @@ class Counted:
         return {"count": float(self.count)}
 
 
+class Sets:
+    """Evaluation sets, each of some shards; training is on others."""
+
+    def __init__(self, shards: dict[str, set[str]]) -> None:
+        self.shards, self.test_names = shards, list(shards)
+
+    def training_shards(self) -> set[str]:
+        return {"t"}
+
+    def evaluation_shards(self, stage: str, name: str) -> set[str]:
+        return self.shards[name]
+
+
+def scored(task: PretrainTask, shards: dict[str, set[str]]) -> dict[str, float]:
+    logged: dict[str, float] = {}
+    task.log_dict = lambda values, **_: logged.update(values)
+    task.evaluators = {"it": Counted()}
+    task._trainer = SimpleNamespace(testing=True, datamodule=Sets(shards))
+    task.on_test_epoch_start()
+    task.on_test_epoch_end()
+    return logged
+
+
+def test_a_score_of_shards_that_the_model_was_trained_on_says_so(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    task = stepper()
+    task._trainer = SimpleNamespace(datamodule=Sets({}))
+    task.on_fit_start()
+    numbers = scored(task, {"main": {"a", "b"}, "half": {"a", "t"}})
+    assert numbers == {"test/it/count": 0.0, "test/it_half/count": 0.0, "test/it_half/trained_on_it": 50.0}
+    assert "test set half: the model was trained on 50% of its shards" in str(recwarn.pop(UserWarning).message)
+    # who starts from its checkpoint, or converts it, knows it too
+    content = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "last.ckpt")
+    convert(tmp_path / "last.ckpt", tmp_path / "again.ckpt", "blip", heads=(2, 2))
+    for name in ("last.ckpt", "again.ckpt"):
+        other = stepper(seed=2)
+        other.load_weights(tmp_path / name)
+        assert scored(other, {"half": {"a", "t"}})["test/it_half/trained_on_it"] == 50.0
+
+
 def test_a_rank_without_pictures_of_a_set_scores_it_too_for_the_others_wait():
     task, logged = stepper(), {}
     task.log_dict = lambda values, **_: logged.update(values)
     task.evaluators = {"it": Counted()}
-    task._trainer = SimpleNamespace(testing=True, datamodule=SimpleNamespace(test_names=["main", "other", "last"]))
+    task._trainer = SimpleNamespace(testing=True, datamodule=Sets({"main": {"a"}, "other": {"b"}, "last": {"c"}}))
     task.on_test_epoch_start()
     task.test_step(batch(pairs(3, seed=0)), 0, 0)
     task.on_test_epoch_end()
