@@ -17,6 +17,7 @@ from blip.modules.checkpoint import Weights, blip_config, convert, load, nodes, 
 from blip.modules.momentum import MomentumEncoder, Queue
 from blip.modules.names import RELEASED, TRANSFORMERS, from_released, from_transformers, to_released, to_transformers
 from blip.modules.nlvr import NLVR, merges_from
+from blip.modules.vqa import VQA
 from blip.text import Tokenizer
 from tests.modules.small import small_config, small_model
 
@@ -97,6 +98,15 @@ def test_a_transformers_file_of_each_class_comes_back_as_it_went(kind: str):
     for name in ours:
         assert name in left or torch.equal(back[name], ours[name]), name
     assert {why for why in left.values() if "queue" in why}
+
+
+def test_a_decoder_that_looks_at_narrower_states_has_no_place_with_transformers():
+    ours = {f"model.{name}": tensor for name, tensor in VQA(small_config()).state_dict().items()}
+    back, _ = from_released(to_released(ours, "vqa")[0])
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in ours.items())
+    with pytest.raises(ValueError, match=r"one width of what encoder and decoder look at, and not \[32, 48\]"):
+        to_transformers(ours, "BlipForQuestionAnswering")
 
 
 def test_the_queue_of_retrieval_keeps_which_picture_it_shows():

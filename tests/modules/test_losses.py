@@ -17,6 +17,7 @@ from blip.modules.losses import (
     match_targets,
     negative_weights,
     soft_targets,
+    text_losses,
 )
 
 
@@ -102,3 +103,12 @@ def test_half_precisions_are_widened_and_others_kept():
     assert at_least_float32(torch.ones(1, dtype=torch.float16)).dtype == torch.float32
     assert at_least_float32(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
     assert lm_loss(torch.randn(3, 5).bfloat16(), torch.tensor([0, 1, 2]), 0.1).dtype == torch.float32
+
+
+def test_the_losses_of_texts_are_sums_over_their_own_tokens():
+    logits, targets = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3, 4, 5])
+    found = text_losses(logits, targets, torch.tensor([0, 2, 2, 0, 3]), 4, 0.1)
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(found, torch.stack([each[0] + each[3], 0 * each[0], each[1] + each[2], each[4]]))
+    likelihood = text_losses(logits, targets, torch.zeros(5, dtype=torch.long), 1, 0.0)
+    torch.testing.assert_close(-likelihood[0], logits.log_softmax(1)[torch.arange(5), targets].sum())

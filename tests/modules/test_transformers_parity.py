@@ -16,6 +16,8 @@ import blip._torchvision  # noqa: F401
 from blip.layout import TextLayout
 from blip.modules.blip import BLIP
 from blip.modules.checkpoint import convert, load, read, sizes
+from blip.modules.vqa import VQA
+from tests.modules.small import small_config
 
 transformers = pytest.importorskip("transformers")
 LENGTHS = (7, 4, 9)
@@ -132,3 +134,26 @@ def test_what_we_write_they_load_and_answer_alike(tmp_path: Path, inputs: tuple[
     for key in ("logits", "itm_score"):
         if key in want:
             assert torch.equal(want[key], got[key])
+
+
+@torch.no_grad()
+def test_a_model_of_questions_goes_to_them_and_answers_alike(tmp_path: Path, inputs: tuple[Tensor, Tensor, Tensor]):
+    image, ids, _ = inputs
+    torch.manual_seed(0)
+    model = VQA(small_config(width=32, look_width=32))
+    content = {"state_dict": {f"model.{n}": t for n, t in model.state_dict().items()}, "tokenizer": "{}"}
+    torch.save(content, tmp_path / "ours.ckpt")
+    name = "BlipForQuestionAnswering"
+    convert(tmp_path / "ours.ckpt", tmp_path / "theirs", "transformers", name, heads=(4, 4))
+    their, info = getattr(transformers, name).from_pretrained(tmp_path / "theirs", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids, layout = ids[:, :4], TextLayout.from_lengths([4] * 3)  # their cross-attention loses the mask of questions
+    asked = ids.index_fill(1, torch.tensor([0]), model.config.enc_id)
+    told = ids.index_fill(1, torch.tensor([0]), model.config.dec_id)
+    model.double().eval()
+    questions = model.ask(ids.flatten(), layout, model.med.look(model.image_states(image)))
+    got = model.med.lm_head(model.lm_states(ids.flatten(), layout, questions))
+    their = their.double().eval()
+    states = their.text_encoder(input_ids=asked, encoder_hidden_states=their.vision_model(image)[0])[0]
+    near(got, their.text_decoder(input_ids=told, encoder_hidden_states=states).logits.flatten(0, 1))
