@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -41,6 +42,15 @@ from omegaconf.errors import OmegaConfBaseException
 PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 MODES = ("fit", "validate", "test", "predict")
+# Warnings of libraries that nobody can act on: their own affairs, and what is meant to be as it is.
+QUIET = (
+    *("LeafSpec", "broadcast_buffers", "anonymous"),
+    "`on_after_batch_transfer`",  # the task normalises, and only it
+    "`self.log.*sync_dist=True`",  # every rank computes the same numbers
+    "Total length of `list` across ranks is zero",  # no validation set
+    "custom batch sampler",
+    "smaller than the logging interval",
+)
 # What a run that is continued may change; with data.allow_other_data=true its data, too.
 MAY_CHANGE = (
     *("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start", "expected"),
@@ -141,7 +151,7 @@ def reopen(folder: Path, overrides: list[str]) -> Path:
     """Applies overrides to the config that a run folder holds and saves it there; returns the folder."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(
-            f"resume={folder}: there is no config.yaml; a run folder is what a run prints as its last line"
+            f"resume={folder}: there is no config.yaml; a run folder is what a run prints when it begins and as its last line"
         )
     folder = folder.resolve()
     said = folder / ".hydra" / "overrides.yaml"
@@ -204,7 +214,10 @@ def check(overrides: list[str]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         singles = list(one_of_each(overrides))
         try:
-            compose("config", singles)
+            composed = compose("config", singles)
+            for text in singles:
+                if number := instead_of_number(text, composed, [s for s in singles if s != text]):
+                    raise ValueError(f"{text}: {text.partition('=')[0].lstrip('+')} is a number, here {number}")
             return
         except (HydraException, OmegaConfBaseException) as error:
             problem = str(error)
@@ -218,6 +231,20 @@ def check(overrides: list[str]) -> None:
                 hint = f"\n  Nearest: {', '.join(near)}" if near else ""
                 raise ValueError(f"{text}: {str(error).splitlines()[0]}{hint}") from None
         raise ValueError(problem)
+
+
+def instead_of_number(override: str, cfg: DictConfig, others: list[str]) -> int | float | None:
+    """The number that an override puts a word in the place of; None where it does not."""
+    key = override.partition("=")[0].lstrip("+")
+    value = OmegaConf.to_container(cfg, resolve=False)
+    before: Any = None
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None  # type: ignore[assignment]
+    if isinstance(value, str) and value != "auto" and "${" not in value:
+        before = OmegaConf.to_container(compose("config", others), resolve=False)
+        for part in key.split("."):
+            before = before.get(part) if isinstance(before, dict) else None
+    return before if isinstance(before, int | float) and not isinstance(before, bool) else None
 
 
 def one_of_each(overrides: list[str]) -> Iterator[str]:
@@ -276,8 +303,8 @@ def execute(config: Path) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own affair
-    warnings.filterwarnings("ignore", message=".*`on_after_batch_transfer`")  # the task normalises, and only it
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=f".*{message}")
     folder = config.resolve().parent
     cfg = load(config)
     cfg.paths.run = str(folder)  # the folder may have been moved
@@ -303,7 +330,15 @@ def execute(config: Path) -> None:
             if trainer.is_global_zero:
                 logging.getLogger(__name__).info("%s", report)
     if cfg.mode == "fit":
-        trainer.fit(task, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
+        if trainer.is_global_zero:
+            told = f"goes on from {last.name}" if last.exists() else "begins at step 0"
+            logging.getLogger(__name__).info("run folder: %s (%s)", folder, told)
+        try:
+            trainer.fit(task, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
+        except SystemExit:  # how Lightning ends a run that got SIGTERM
+            kept = f"what is done until then is in {last}" if last.exists() else "no checkpoint was due yet"
+            print(f"stopped at step {trainer.global_step}; {kept}; go on with resume={folder}", flush=True)
+            sys.exit(128 + signal.SIGTERM)
         best = folder / "checkpoints" / "best.ckpt"
         if best.exists():
             task.load_weights(best)

@@ -78,18 +78,19 @@ class Held:
 
 
 class Data(L.LightningDataModule):
-    """`pairs` rows an epoch, streamed from a cursor; one set of evaluation."""
+    """`pairs` rows an epoch, streamed from a cursor; one set of evaluation, or no validation."""
 
     class Words:
         def to_json(self) -> str:
             return "{}"
 
-    def __init__(self, pairs: int = 20, batch_size: int = 2, spoil: bool = False) -> None:
+    def __init__(self, pairs: int = 20, batch_size: int = 2, spoil: bool = False, validated: bool = True) -> None:
         super().__init__()
         self.pairs, self.batch_size, self.spoil = pairs, batch_size, spoil
         self.cursor = {"epoch": 0, "pairs": 0}
         self.tokenizer = self.Words()
-        self.val_names = self.test_names = ["main"]
+        self.test_names = ["main"]
+        self.val_names = ["main"] if validated else []
 
     @property
     def ranks(self) -> int:
@@ -102,11 +103,14 @@ class Data(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         return DataLoader(Numbers(self.spoil), batch_sampler=Order(self), collate_fn=collate)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self.test_dataloader()] if self.val_names else []
+
+    def test_dataloader(self) -> DataLoader:
         sampler = Held(self.rank, self.ranks)
         return DataLoader(Numbers(), batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
 
-    test_dataloader = predict_dataloader = val_dataloader
+    predict_dataloader = test_dataloader
 
     def advance(self, batch: Batch) -> None:
         # the rows of all ranks

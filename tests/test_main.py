@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,35 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(finished: Path, tmp_pat
     run(recorded(tmp_path, "callbacks.gallery=null"), stop_at)
     assert (tmp_path / "checkpoints" / "last.ckpt").exists() == (stop_at >= 5)
     assert not (tmp_path / "curves.png").exists()
+    run(reopen(tmp_path, []))
+    assert result(tmp_path) == result(finished)
+
+
+@pytest.mark.parametrize("length", ["max_steps=20", "max_epochs=2"])
+def test_a_run_without_validation_ends_with_its_last_step_on_the_disk(tmp_path: Path, length: str) -> None:
+    data = {"_target_": "tests.standin.Data", "validated": False}
+    off = ["trainer.val_check_interval=null", "callbacks.checkpoint.every_steps=1000", "callbacks.gallery=null"]
+    run(recorded(tmp_path, "trainer.max_steps=-1", f"trainer.{length}", *off, data=data))
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 20
+
+
+def test_a_run_that_is_told_to_stop_saves_its_step_and_says_how_to_go_on(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded(tmp_path, "callbacks.gallery=null")
+    learn = standin.Task.training_step
+
+    def told_to_stop(task: standin.Task, batch: standin.Batch, batch_idx: int) -> torch.Tensor:
+        if task.global_step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(task, batch, batch_idx)
+
+    monkeypatch.setattr(standin.Task, "training_step", told_to_stop)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path)
+    assert ended.value.code == 143
+    assert f"stopped at step 8; what is done until then is in {tmp_path}" in capsys.readouterr().out
+    monkeypatch.undo()
     run(reopen(tmp_path, []))
     assert result(tmp_path) == result(finished)
 
@@ -306,6 +336,12 @@ def test_a_mistake_ends_the_command_with_one_line() -> None:
     assert "Traceback" not in told
 
 
+def test_a_word_where_a_number_belongs_is_told_with_the_number_that_stands_there() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.lr=high: optimizer\.lr is a number, here 0\.001"):
+        check(["optimizer.lr=high"])
+    check(["trainer.devices=auto", "optimizer.lr=1e-4", "trainer.max_steps=${data.batch_size}", "model.vit.stem=patch"])
+
+
 def test_jobs_of_a_multirun_with_two_ranks_start_from_their_saved_configs(tmp_path: Path) -> None:
     # The stand-in comes in by a config of its own, since the command line can't replace whole nodes.
     (tmp_path / "task").mkdir()
@@ -319,9 +355,9 @@ def test_jobs_of_a_multirun_with_two_ranks_start_from_their_saved_configs(tmp_pa
     )
     printed = shell(
         "-m", "--config-dir", str(tmp_path), "experiment=standin", "task=standin", "data=standin", "trainer=ddp_sim",
-        "seed=1", f"hydra.sweep.dir={tmp_path}/sweep", cwd=tmp_path,
+        "seed=1", cwd=tmp_path,
     )  # fmt: skip
-    folder = tmp_path / "sweep" / "0"
+    (folder,) = (tmp_path / "runs" / "standin" / "multirun").glob("*/0")
     assert printed.splitlines()[-1] == str(folder)
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 4

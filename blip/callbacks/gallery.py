@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -61,16 +62,19 @@ def draw_sheet(cards: list[dict[str, Any]], path: Path, columns: int = 4) -> Non
         return
     columns = min(columns, len(cards))
     lines = -(-len(cards) // columns)
-    figure = Figure((3.4 * columns, 5.4 * lines), layout="constrained")
+    figure = Figure((3.4 * columns, 5.4 * lines))
     FigureCanvasAgg(figure)
-    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    grid = figure.subplots(lines, columns, squeeze=False, gridspec_kw={"hspace": 0.8, "wspace": 0.1}).flatten()
     for axes in grid:
         axes.set_axis_off()
     for axes, card in zip(grid, cards, strict=False):
         axes.imshow(card["image"], interpolation="nearest")
         told = (f"{label}: {card[name]}" for name, label in LABELS.items() if name in card)
-        text = "\n".join(fill(line, 46, max_lines=4) for line in told)
+        text = "\n".join(fill(line, 40, max_lines=4) for line in told)
         axes.text(
             0, -0.04, text.replace("$", r"\$"), transform=axes.transAxes, va="top", fontsize=7, family="monospace"
         )
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        # a letter that no font here has is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(path, dpi=110, bbox_inches="tight")

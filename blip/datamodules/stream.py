@@ -105,6 +105,9 @@ class StreamDataModule(pl.LightningDataModule):
         self.sources = checked_sources(sources)
         self.val, self.test = checked_sets(val, "val", self.kind), checked_sets(test, "test", self.kind)
         self.tokenizer_path, self.vocab_size = tokenizer, vocab_size
+        for name, value in (("image_size", image_size), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ValueError(f"data.{name}={value}: at least 1")
         self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
         self.seed, self.max_words, self.max_tokens = seed, max_words, max_tokens
         self.window, self.total_pairs, self.blank = window, total_pairs, blank

@@ -41,8 +41,13 @@ def parameter_groups(
         options = {k: v for k, v in rule.items() if k not in ("match", "lr")}
         groups.append({"params": [], "lr": lr * rule.get("lr", 1.0), **options})
     for name, parameter in named:
-        hits = (i for i, rule in enumerate(rules, 1) if re.search(rule["match"], name))
-        groups[next(hits, 0)]["params"].append(parameter)
+        hit = next((i for i, rule in enumerate(rules, 1) if re.search(rule["match"], name)), 0)
+        if groups[hit].get("muon") and parameter.dim() != 2:
+            raise ValueError(
+                f"optimizer rule {rules[hit - 1]['match']!r} gives {name} of shape {list(parameter.shape)} to Muon, which takes "
+                "matrices alone: put a rule without `muon` for it before"
+            )
+        groups[hit]["params"].append(parameter)
     for group, rule in zip(groups[1:], rules, strict=True):
         if not group["params"]:
             raise ValueError(f"optimizer rule {rule['match']!r} matches no parameter")
@@ -260,7 +265,8 @@ class Task(L.LightningModule):
         if weights.tokenizer and (theirs := Tokenizer.from_json(weights.tokenizer).pieces()) != self.tokenizer.pieces():
             raise ValueError(
                 f"{path} was trained with another vocabulary ({len(theirs)} pieces) than the data's "
-                f"({len(self.tokenizer)} pieces): set data.tokenizer to its own"
+                f"({len(self.tokenizer)} pieces). To measure what a run learnt: `resume=RUN_FOLDER mode=test`, or its overrides "
+                "again; to train on with other data: set data.tokenizer to the checkpoint's own"
             )
         self.trained_on |= set(weights.trained_on)
         return self.take(weights)
