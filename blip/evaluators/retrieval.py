@@ -110,7 +110,7 @@ class RetrievalEvaluator:
         texts_at_once: int,
         itc_scale: float | None,
         names: Sequence[str] = ("i2t", "t2i"),
-        similarities_at_once: int = 2**21,
+        similarities_at_once: int = 2**19,
         folder: str | None = None,
     ) -> None:
         self.top_k, self.texts_at_once, self.itc_scale = top_k, texts_at_once, itc_scale

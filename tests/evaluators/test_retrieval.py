@@ -268,7 +268,7 @@ model = SimpleNamespace(
 )
 for texts in (2_000, 20_000):
     torch.manual_seed(0)
-    judge = RetrievalEvaluator(None, top_k=64, texts_at_once=256, itc_scale=1.0, similarities_at_once=2**20)
+    judge = RetrievalEvaluator(None, top_k=64, texts_at_once=256, itc_scale=1.0)
     judge.rerank = lambda model, own, words, wanted: wanted * torch.rand(wanted.shape)  # of a model: what it needs of a set
     for start in range(0, texts // captions, 100):
         layout = TextLayout.from_lengths([9] * (100 * captions))
