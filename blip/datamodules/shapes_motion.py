@@ -82,7 +82,9 @@ def mp4(frames: np.ndarray) -> bytes:
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=RATE, options={"crf": str(QUALITY), "threads": "1"})
+        # x264's assembler gives other bytes now and then, by where its buffers lie
+        options = {"crf": str(QUALITY), "threads": "1", "x264-params": "no-asm=1"}
+        stream = container.add_stream("libx264", rate=RATE, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"  # small things lose their colour in a coarser one
         for frame in frames:

@@ -118,7 +118,7 @@ def _alike(left: Description, right: Description, rng: random.Random) -> Iterato
             pattern = Thing(**{slot: value})
             here, there = ([thing for thing in said.things if fits(pattern, thing)] for said in (left, right))
             if len(here) == len(there) == 1:
-                for other in SLOTS:
+                for other in ("colour", "shape", "texture"):  # big is big among the things of a picture
                     if other != slot:
                         same = getattr(here[0], other) == getattr(there[0], other)
                         text = f"the {named(pattern, rng)} has the same {other} in both pictures"
