@@ -54,10 +54,10 @@ def blind(train: Sequence[Item], test: Sequence[Item], by_words: bool) -> dict[s
     true: defaultdict[Hashable, Counter] = defaultdict(Counter)
     offered: defaultdict[Hashable, Counter] = defaultdict(Counter)
     for item in train:
-        for key in (item.kind, (item.kind, item.words)):
-            true[key][item.answer] += 1
-            offered[key].update(item.options)
-    right, asked = Counter[str](), Counter[str]()
+        for asked in (item.kind, (item.kind, item.words)):
+            true[asked][item.answer] += 1
+            offered[asked].update(item.options)
+    right, all_of = Counter[str](), Counter[str]()
     for item in test:
         key: Hashable = (item.kind, item.words) if by_words and (item.kind, item.words) in true else item.kind
         if item.options:
@@ -65,9 +65,9 @@ def blind(train: Sequence[Item], test: Sequence[Item], by_words: bool) -> dict[s
         else:
             guess = true[key].most_common(1)[0][0]
         for name in (item.kind, "all"):
-            asked[name] += 1
+            all_of[name] += 1
             right[name] += guess == item.answer
-    return {name: 100 * right[name] / number for name, number in asked.items()}
+    return {name: 100 * right[name] / number for name, number in all_of.items()}
 
 
 def main(folder: Path) -> None:
