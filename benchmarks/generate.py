@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,18 @@ from blip.modules.names import from_transformers
 END, PAD = 102, 0
 PROMPT = [30522, 1037, 3861, 1997]  # [DEC] a picture of, by BERT's vocabulary
 PLAIN = Decoding(
-    **{"strategy": "greedy", "max_length": 20, "min_length": 20, "samples": 1, "beams": 1, "length_penalty": 1.0},
-    **{"length_counts": "new", "top_p": 0.9, "top_k": 0, "temperature": 1.0, "repetition_penalty": 1.0},
+    strategy="greedy",
+    max_length=20,
+    min_length=20,
+    beams=1,
+    top_p=0.9,
+    top_k=0,
+    temperature=1.0,
+    repetition_penalty=1.0,
     no_repeat_ngram=0,
+    length_penalty=1.0,
+    length_counts="new",
+    samples=1,
 )
 WAYS = {"nucleus": replace(PLAIN, strategy="nucleus"), "beam 3": replace(PLAIN, strategy="beam", beams=3)}
 THEIR_WAYS: dict[str, dict[str, Any]] = {
@@ -54,7 +64,8 @@ def models(dtype: torch.dtype, device: torch.device) -> tuple[BLIP, Any]:
     vision = {"hidden_size": 768, "intermediate_size": 3072, "image_size": 384, "layer_norm_eps": 1e-6}
     torch.manual_seed(0)
     config = BlipConfig(text_config=text, vision_config=vision)
-    theirs = BlipForConditionalGeneration(config).to(dtype).eval()
+    theirs: Any = BlipForConditionalGeneration(config)
+    theirs.to(dtype).eval()
     tensors, dropped = from_transformers(theirs.state_dict())
     weights = Weights(Path("transformers"), "transformers", tensors, dropped)
     ours = BLIP(sizes(tensors, (12, 12), dropout=0.0), encoder=False).to(dtype).eval()
@@ -87,7 +98,7 @@ def flops(model: BLIP, how: Decoding) -> tuple[int, int, int]:
 
 def decoder_bytes(model: BLIP) -> int:
     """What a token makes the decoder read: all of its matrices but those of keys and values, and the output's."""
-    once = {id(p) for block in model.med.decoder for p in block.cross_attention.key_value.parameters()}
+    once = {id(p) for block in model.med.blocks(decoder=True) for p in block.cross_attention.key_value.parameters()}
     read = [p for part in (model.med.decoder, model.med.lm_head) for p in part.parameters() if id(p) not in once]
     return sum(p.numel() * p.element_size() for p in read)
 
@@ -112,10 +123,10 @@ def measure(
     ours, theirs = models(dtype, device)
     image = torch.randn(batch, 3, 384, 384, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     ways = {name: replace(how, max_length=4 + tokens, min_length=4 + tokens) for name, how in WAYS.items()}
-    runs: dict[str, Callable[[], Any]] = {"encoder": lambda: ours.visual_encoder(image)}
+    runs: dict[str, Callable[[], Any]] = {"encoder": partial(ours.visual_encoder, image)}
     for name, how in ways.items():
-        runs[name] = lambda how=how: captions(ours, image, how)
-        runs[f"{name}, transformers"] = lambda name=name, how=how: their_captions(theirs, image, how, THEIR_WAYS[name])
+        runs[name] = partial(captions, ours, image, how)
+        runs[f"{name}, transformers"] = partial(their_captions, theirs, image, how, THEIR_WAYS[name])
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(-1, repeats):
         for name, run in runs.items():

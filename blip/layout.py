@@ -106,7 +106,8 @@ class TextLayout:
         return place + torch.searchsorted(ends, place, right=True)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextLayout:
-        return TextLayout(*(t.to(device, non_blocking=non_blocking) for t in (self.index, self.mask, self.firsts)))
+        index, mask, firsts = (t.to(device, non_blocking=non_blocking) for t in (self.index, self.mask, self.firsts))
+        return TextLayout(index, mask, firsts, self.whole)
 
     def pin_memory(self) -> TextLayout:
-        return TextLayout(self.index.pin_memory(), self.mask.pin_memory(), self.firsts.pin_memory())
+        return TextLayout(self.index.pin_memory(), self.mask.pin_memory(), self.firsts.pin_memory(), self.whole)

@@ -14,7 +14,8 @@ def attend(
 
     `mask` (True: may be looked at) broadcasts to [B, H, Lq, Lk]; `causal` hides later keys, the last query seeing all.
     """
-    causal = causal and query.shape[-2] > 1  # one query alone is the last
+    if query.shape[-2] == 1:  # the last one, which sees all
+        causal = False
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # The fused kernel's backward in bf16 on CPU is several times slower than the products written out.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, H, Lq, Lk]

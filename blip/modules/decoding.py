@@ -100,7 +100,7 @@ def heaviest(weights: Tensor, share: float) -> Tensor:
     in its order, so the last one is found in three histograms: of the highest bits, then of lower ones among those.
     """
     bits = weights.float().view(torch.int32)  # below 2 ** 30, for no weight is above 1
-    last, above, counted = 0, 0.0, weights
+    last, above, counted = bits.new_zeros(()).long(), weights.new_zeros(()), weights
     for shift in (20, 10, 0):
         key = (bits >> shift) & 1023
         held = weights.new_zeros(*weights.shape[:-1], 1024).scatter_add_(-1, key.long(), counted)
