@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -457,3 +458,21 @@ def test_prefetch_is_lowered_where_shared_memory_is_short(tmp_path):
     assert fitting_prefetch(4, 2, 1000, str(tmp_path)) == 4
     assert fitting_prefetch(4, 2, 1 << 50, str(tmp_path)) == 1
     assert fitting_prefetch(4, 2, 1 << 50, str(tmp_path / "none")) == 4
+
+
+def test_shards_that_were_trained_on_are_known_again_wherever_they_lie(data: Path, tmp_path: Path):
+    copied = shutil.copytree(data / "train", tmp_path / "elsewhere")
+    stream = module(
+        data,
+        sources=[
+            {"name": "human", "shards": str(data / "train" / "*.tar")},
+            {"name": "web", "shards": str(data / "web" / "*.tar")},
+        ],
+        val={"main": {"shards": str(data / "val" / "*.tar")}, "seen": {"shards": str(copied / "*.tar")}},
+        test={"main": {"shards": [str(copied / "00001.tar"), *map(str, (data / "val").glob("*.tar"))]}},
+    )
+    trained = stream.training_shards()
+    assert len(trained) == 4
+    assert not stream.evaluation_shards("val", "main") & trained
+    assert stream.evaluation_shards("val", "seen") < trained
+    assert len(stream.evaluation_shards("test", "main") & trained) == 1
