@@ -54,6 +54,7 @@ SINGLE = [
         "smoke",
     )  # in recipes
 ]
+SINGLE += [(f"decoding@task.evaluators.caption.decoding={name}",) for name in options("decoding")]
 
 
 def nodes(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

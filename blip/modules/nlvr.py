@@ -1,4 +1,4 @@
-"""NLVR2's network (paper section 4.4): is a statement about two pictures true?
+"""NLVR2's network (paper section 5.4): is a statement about two pictures true?
 
 - MED's encoder with a twin in place of each cross-attention: own query, key, value and output projections for each picture,
   one residual and one norm; a block knows nothing of it

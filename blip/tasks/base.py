@@ -231,23 +231,22 @@ class Task(L.LightningModule):
 
     @torch.no_grad()
     def gallery(self, batch: Any) -> list[dict[str, Any]]:
-        """A card for each picture: image uint8 [H, W, 3], true and generated caption, best and worst match in the batch."""
+        """A card for each picture: image uint8 [H, W, 3], true caption, best and worst match in the batch.
+
+        Where captions are written, the generated one, too.
+        """
         image = self.model.image_features(self.model.visual_encoder(batch.image))
         similarity = image @ self.model.text_features(batch.input_ids, batch.layout).T  # [B, R]
         best, worst = similarity.argmax(1).tolist(), similarity.argmin(1).tolist()
         pictures = denormalize(batch.image).permute(0, 2, 3, 1).cpu().numpy()
-        return [
-            {
-                "image": picture,
-                "true": true[0],
-                "generated": said[0].text,
-                "best": batch.texts[b],
-                "worst": batch.texts[w],
-            }
-            for picture, true, said, b, w in zip(
-                pictures, batch.references, self._captions(batch), best, worst, strict=True
-            )
+        cards: list[dict[str, Any]] = [
+            {"image": picture, "true": true[0], "best": batch.texts[b], "worst": batch.texts[w]}
+            for picture, true, b, w in zip(pictures, batch.references, best, worst, strict=True)
         ]
+        if "caption" in self.evaluators:
+            for card, said in zip(cards, self._captions(batch), strict=True):
+                card["generated"] = said[0].text
+        return cards
 
     def _captions(self, batch: Any) -> list[Any]:
         if "caption" not in self.evaluators:

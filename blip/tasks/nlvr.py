@@ -1,4 +1,4 @@
-"""Fine-tuning for NLVR2 (paper section 4.4): whether a statement about two pictures is true."""
+"""Fine-tuning for NLVR2 (paper section 5.4): whether a statement about two pictures is true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning for retrieval (paper section 4.2): ITC in which all captions of a picture match it, and ITM.
+"""Fine-tuning for retrieval (paper section 5.1): ITC in which all captions of a picture match it, and ITM.
 
 As released: negatives are drawn by the similarities of the online features alone, softmax without a floor, over the pairs of
 all ranks (COCO) or of the own (Flickr30K); two pairs of one picture are never negatives of each other.
@@ -50,3 +50,18 @@ class RetrievalTask(ContrastiveTask):
         images, texts = (gather(image), gather(text)) if self.draws_everywhere else (image, text)
         temperature = self.model.temperature.to(image.dtype)
         return image @ texts.T / temperature, text @ images.T / temperature
+
+    @torch.no_grad()
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """A row for each picture: its key, and of each of its texts the cosine and the probability that it matches."""
+        model = self.model
+        states = model.visual_encoder(batch.image)
+        image, text = model.image_features(states), model.text_features(batch.input_ids, batch.layout)
+        cosines = (image[batch.text_row] * text).sum(1)
+        grid = batch.layout.folded(batch.text_row, len(image))
+        matches = model.itm_logits(batch.input_ids, grid, model.med.look(states)).softmax(1)[:, 1]
+        rows: list[dict[str, Any]] = [{"key": key, "texts": []} for key in batch.keys]
+        told = (batch.text_row, cosines, matches)
+        for words, row, cosine, match in zip(batch.texts, *(x.tolist() for x in told), strict=True):
+            rows[row]["texts"].append({"text": words, "itc": round(cosine, 6), "itm": round(match, 6)})
+        return rows
