@@ -8,6 +8,7 @@ and the others work without it. Nothing is downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -184,6 +185,8 @@ def _meteor(truth: Words, said: Words) -> tuple[float, list[float]]:
         except (ValueError, OSError) as error:
             java.kill()
             java.wait()
+            with contextlib.suppress(OSError):  # what it did not take any more would be written once again
+                java.stdin.close()
             errors.seek(0)
             raise OSError(f"METEOR's Java program failed: {errors.read().strip()[-500:] or error}") from error
         finally:

@@ -31,7 +31,8 @@ _MARKS = (
     "\u0a3c-\u0a51\u0a81-\u0a83\u0abc-\u0acd\u0b82\u0bbe-\u0bcd\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d48\u0e31-\u0e3a\u0e47-\u0e4e"
 )
 _NUMERALS = r"\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u2189\u2460-\u24ff\u2776-\u2793\U00010000-\U0010ffff"
-_LETTER = rf"(?:[^\W\d_{_NUMERALS}]|[{_MARKS}]|&[aeiou](?:acute|grave|uml);)"
+# Some of the marks are letters to `re`: only one of the ways here may take them, or a run of them would be tried in all mixtures.
+_LETTER = rf"(?:[^\W\d_{_NUMERALS}]|(?![^\W\d_{_NUMERALS}])[{_MARKS}]|&[aeiou](?:acute|grave|uml);)"
 _ALNUM = rf"[^\W_{_NUMERALS}]"  # without marks
 _SIGN = (
     "!-/:-@\\[-`{-~\u0080\u0085\u0091-\u0094\u0096\u0097\u00a1-\u00bf\u00d7\u00f7\u037e\u0387\u0589\u060c\u061b\u061f\u066a\u06d4\u0964"

@@ -210,11 +210,11 @@ def test_spice_is_read_from_its_program_and_nothing_is_left_behind(java):
     assert list(temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("metric", ["meteor", "spice"])
-def test_a_failing_program_says_why_and_leaves_nothing_behind(metric: str, java):
+@pytest.mark.parametrize(("metric", "times"), [("meteor", 1), ("meteor", 20_000), ("spice", 1)])
+def test_a_failing_program_says_why_and_leaves_nothing_behind(metric: str, times: int, java):
     temporary = java("sys.exit('no memory for the heap')\n")
-    with pytest.raises(OSError, match="no memory for the heap"):
-        score_captions([["a dog"]], ["a dog"], [metric])
+    with pytest.raises(OSError, match="no memory for the heap"):  # also where it ends before it has read all
+        score_captions([["a dog"]], ["a dog " * times], [metric])
     assert list(temporary.iterdir()) == []
 
 

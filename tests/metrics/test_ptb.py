@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def test_a_line_break_within_a_caption_shifts_no_other():
 
 def test_no_captions_have_no_words():
     assert tokenize([]) == []
+
+
+@pytest.mark.parametrize("repeated", ["\u02c6", "\u05b0", "a\u0300", "&aacute;", "a.", "a-", "<a "])
+def test_whatever_is_repeated_the_words_are_soon_had(repeated: str):
+    program = "import sys; from blip.metrics.ptb import tokenize; tokenize([sys.argv[1]])"
+    subprocess.run([sys.executable, "-c", program, repeated * 200], check=True, timeout=20)
 
 
 @pytest.mark.parametrize("folder", ["coco_fakecap", "flickr8k_val"])
