@@ -83,6 +83,46 @@ def test_texts_are_the_same_whenever_those_that_ended_leave(
     torch.testing.assert_close(got.score, want.score)
 
 
+def worked(model: BLIP, monkeypatch: pytest.MonkeyPatch, **changed: Any) -> list[tuple[int, int, int]]:
+    """For each pass of the decoder how many pictures it looked at, with how many rows, of how many tokens."""
+    seen = []
+    next_logits = generation.next_logits
+
+    def watched(med: Any, step: Tensor, cross: list[CrossKV], caches: Any) -> Tensor:
+        seen.append((cross[0].key.shape[0], *step.shape))
+        return next_logits(med, step, cross, caches)
+
+    monkeypatch.setattr(generation, "next_logits", watched)
+    write(model, looked_at(model), **changed)
+    return seen
+
+
+@pytest.mark.parametrize("changed", [{"strategy": "beam", "beams": 3}, {"strategy": "nucleus", "samples": 3}])
+def test_keys_and_values_of_a_picture_exist_once(
+    model: BLIP, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *rest = worked(model, monkeypatch, **changed, min_length=16)
+    assert first == (6, 6, len(PROMPT))  # the prompt is read once for each picture
+    assert rest == [(6, 18, 1)] * 12
+
+
+@pytest.mark.parametrize(("way", "haste"), [("greedy", 0.0), ("beam", 0.0), ("nucleus", 1.5)])
+def test_texts_that_ended_are_worked_on_no_more(way: str, haste: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(encoder=False)
+    with torch.no_grad():
+        model.med.lm_head.output.bias[END] += 1.0 + haste
+    texts = write(model, looked_at(model), **WAYS[way])
+    passes = worked(model, monkeypatch, **WAYS[way])
+    rows = [rows for _, rows, _ in passes[1:]]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] < rows[0]
+    if way != "beam":  # whose search goes on after its best text
+        for written, (of_pictures, of_rows, _) in enumerate(passes[1:], 1):
+            going = (texts.written > written).view(6, -1)
+            assert of_pictures <= max(1, int(going.any(1).sum()) / generation.SHARE_LEFT)
+            assert of_rows == of_pictures * int(going.sum(1).max())
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_texts_that_look_at_padded_states_are_those_of_the_states_alone(model: BLIP, way: str) -> None:
     """Keys and values of a padded row, as of short questions in a batch, give what the row gives without padding."""
