@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,8 +144,11 @@ def _train(
 
 
 def _decoding(kwargs: dict[str, Any], **more: Any) -> Decoding:
-    strategy = "beam" if kwargs.get("num_beams", 1) > 1 else "greedy"
-    return Decoding(**PLAIN | {"strategy": strategy} | {SETTINGS.get(k, k): v for k, v in kwargs.items()} | more)
+    given = {SETTINGS.get(name, name): value for name, value in kwargs.items()}
+    if unknown := set(given) - {field.name for field in fields(Decoding)}:
+        raise ValueError(f"the folder decodes with {', '.join(sorted(unknown))}, which nothing here knows")
+    strategy = "beam" if given.get("beams", 1) > 1 else "greedy"
+    return Decoding(**PLAIN | {"strategy": strategy} | given | more)
 
 
 def _texts(task: Replay, cross: list[CrossKV], how: Decoding, uniform: Tensor | None = None) -> Texts:
