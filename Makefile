@@ -1,6 +1,7 @@
 # All the set-up there is. Each command makes .venv first (once: the stamp file says that it is done).
 #   make run     trains the demo and tells what it learnt
 #   make test    the tests
+#   make smoke   every recipe for a few steps, on a small drawn world
 #   make check   lint, format and types
 
 SHELL := /bin/bash
@@ -14,13 +15,21 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && command -v $$name && break; \
 	done)
 
-.PHONY: run test check
+.PHONY: run test smoke check
 
 run: $(STAMP)
 	$(BIN)/python run.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+smoke: $(STAMP)
+	@mkdir -p runs/smoke
+	@for file in conf/experiment/*.yaml; do \
+		name=$$(basename $$file .yaml); \
+		$(BIN)/python run.py experiment=$$name debug=smoke > runs/smoke/$$name.txt 2>&1 \
+			&& echo "$$name" || { tail -20 runs/smoke/$$name.txt; echo "$$name FAILED"; exit 1; }; \
+	done
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -38,13 +38,13 @@ class Entry:
 TASKS = {
     "caption": Entry(("test/caption/attributes",), "none"),
     "retrieval": Entry(("test/retrieval/i2t_r1", "test/retrieval/t2i_r1"), "test/retrieval/chance_r1"),
-    "vqa": Entry(("test/vqa/accuracy",), "none"),
-    "nlvr": Entry(("test/nlvr/accuracy",), "50"),
+    "vqa": Entry(("test/vqa/accuracy",), "test/vqa/chance"),
+    "nlvr": Entry(("test/nlvr/accuracy",), "test/nlvr/chance"),
     "visdial": Entry(("test/visdial/r1", "test/visdial/mrr"), "test/visdial/chance_r1"),
     "video_retrieval": Entry(
         ("test/video_retrieval/t2v_r1", "test/video_retrieval/v2t_r1"), "test/video_retrieval/chance_r1", "retrieval"
     ),
-    "video_qa": Entry(("test/video_qa/accuracy",), "none", "vqa"),
+    "video_qa": Entry(("test/video_qa/accuracy",), "test/video_qa/chance", "vqa"),
 }
 
 
