@@ -1,8 +1,8 @@
 """Statements about two pictures of the embedded world, true or false, half of them each.
 
-Five kinds: how many things the pictures have, whether both or exactly one has such a thing, whether the backgrounds are
-the same, and whether a thing of both is alike in them. What one of the pictures shows is, as far as the kind allows, as
-frequent with true as with false statements, so that it takes both.
+Six kinds: whether both, neither or exactly one of the pictures have such a thing, whether each has its own, how many things
+there are, and whether the background or a thing of both is the same. What one of the pictures shows is, as far as the kind
+allows, as frequent with true as with false statements, so that it takes both.
 """
 
 import random
@@ -13,7 +13,7 @@ from blip.datamodules.shapes_language import SLOTS, VALUES
 from blip.datamodules.shapes_questions import Balance, a_named, fits, is_reserved, named, parts, said_slots
 from blip.datamodules.shapes_scenes import Description, Thing
 
-KINDS = ("count", "both", "one", "background", "alike")
+KINDS = ("both", "neither", "each", "one", "count", "same")
 _NUMBERS = {3: "three", 4: "four", 5: "five"}
 _BOTH = ("both pictures have {}", "there is {} in both pictures", "there is {} in each picture")
 _ONE = (
@@ -21,6 +21,10 @@ _ONE = (
     "only one of the two pictures has {}",
     "there is {} in exactly one of the pictures",
 )
+# shares of (such a thing is in the left picture, in the right one), half of them true
+_HALF_BOTH = {(True, True): 2, (True, False): 1, (False, True): 1}
+_HALF_NEITHER = {(False, False): 2, (True, False): 1, (False, True): 1}
+_ALL_EVEN = dict.fromkeys([(True, True), (True, False), (False, True), (False, False)], 1)
 
 
 class Statement(NamedTuple):
@@ -87,16 +91,31 @@ def _patterns(left: Description, right: Description, rng: random.Random) -> Iter
 def _both(left: Description, right: Description, rng: random.Random) -> Iterator[Statement]:
     for pattern, shown in _shown(left, right, rng):
         if any(shown):
-            cases = {(True, True): 2, (True, False): 1, (False, True): 1}
             text = rng.choice(_BOTH).format(a_named(pattern, rng))
-            yield Statement("both", said_slots(pattern), pattern, text, all(shown), shown, cases)
+            yield Statement("both", said_slots(pattern), pattern, text, all(shown), shown, _HALF_BOTH)
+
+
+def _neither(left: Description, right: Description, rng: random.Random) -> Iterator[Statement]:
+    for pattern, shown in _shown(left, right, rng):
+        if not all(shown):
+            text = f"neither picture has {a_named(pattern, rng)}"
+            yield Statement("neither", said_slots(pattern), pattern, text, not any(shown), shown, _HALF_NEITHER)
+
+
+def _each(left: Description, right: Description, rng: random.Random) -> Iterator[Statement]:
+    patterns = list(_shown(left, right, rng))
+    for (one, (here, _)), (other, (_, there)) in zip(patterns, rng.sample(patterns, len(patterns)), strict=True):
+        if (here or there) and one != other:
+            names = a_named(one, rng), a_named(other, rng)
+            text = "the left picture has {} and the right picture has {}".format(*names)
+            words = frozenset((one, other))
+            yield Statement("each", "each", words, text, here and there, (here, there), _HALF_BOTH)
 
 
 def _one(left: Description, right: Description, rng: random.Random) -> Iterator[Statement]:
     for pattern, shown in _shown(left, right, rng):
-        cases = dict.fromkeys([(True, True), (True, False), (False, True), (False, False)], 1)
         text = rng.choice(_ONE).format(a_named(pattern, rng))
-        yield Statement("one", said_slots(pattern), pattern, text, shown[0] != shown[1], shown, cases)
+        yield Statement("one", said_slots(pattern), pattern, text, shown[0] != shown[1], shown, _ALL_EVEN)
 
 
 def _shown(left: Description, right: Description, rng: random.Random) -> Iterator[tuple[Thing, tuple[bool, bool]]]:
@@ -106,13 +125,10 @@ def _shown(left: Description, right: Description, rng: random.Random) -> Iterato
         yield pattern, (here, there)
 
 
-def _background(left: Description, right: Description, rng: random.Random) -> Iterator[Statement]:
+def _same(left: Description, right: Description, rng: random.Random) -> Iterator[Statement]:
     same = left.background == right.background
-    yield _even("background", "same", "same", "the background is the same in both pictures", same)
-    yield _even("background", "different", "different", "the two pictures have a different background", not same)
-
-
-def _alike(left: Description, right: Description, rng: random.Random) -> Iterator[Statement]:
+    yield _even("same", "same", "same", "the background is the same in both pictures", same)
+    yield _even("same", "different", "different", "the two pictures have a different background", not same)
     for slot in ("colour", "shape"):
         for value in VALUES[slot]:
             pattern = Thing(**{slot: value})
@@ -122,13 +138,14 @@ def _alike(left: Description, right: Description, rng: random.Random) -> Iterato
                     if other != slot:
                         same = getattr(here[0], other) == getattr(there[0], other)
                         text = f"the {named(pattern, rng)} has the same {other} in both pictures"
-                        yield _even("alike", (slot, other), pattern, text, same)
+                        yield _even("same", (slot, other), pattern, text, same)
 
 
 _CANDIDATES: dict[str, Callable[[Description, Description, random.Random], Iterator[Statement]]] = {
-    "count": _count,
     "both": _both,
+    "neither": _neither,
+    "each": _each,
     "one": _one,
-    "background": _background,
-    "alike": _alike,
+    "count": _count,
+    "same": _same,
 }

@@ -83,7 +83,13 @@ def holds(scenes: Sequence[dict], sentence: str) -> bool:
         return (scenes[0]["background"] == scenes[1]["background"]) == ("same" in sentence)
     if found := re.fullmatch(r"(the .+) has the same (\w+) in both pictures", sentence):
         return len({the(scene, found[1])[found[2]] for scene in scenes}) == 1
+    if found := re.fullmatch(r"the left picture has (.+) and the right picture has (.+)", sentence):
+        return all(
+            any(is_such(t, words) for t in scene["objects"])
+            for scene, words in zip(scenes, found.groups(), strict=True)
+        )
     for before, after, wanted in (
+        ("neither picture has ", "", 0),
         ("both pictures have ", "", 2),
         ("there is ", " in both pictures", 2),
         ("there is ", " in each picture", 2),
