@@ -24,6 +24,7 @@ from typing import Any
 NOTHING = ' \t\r\n.!"()*#:;~'  # what cleaning takes from a caption (released code): a text of these alone says nothing
 MAX_CHARACTERS = 10_000  # of one question, sentence or answer
 MAX_ANSWERS = 1000  # of one question, and options of a round
+MAX_ROUNDS = 100  # of one dialogue; VisDial has 10
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,16 @@ def _rounds(record: Mapping[str, Any]) -> tuple[list[dict], list[str]]:
     history: list[tuple[str, str]] = []
     try:
         caption = _text(record, "caption")
-        for number, entry in enumerate(_list(record, "rounds")):
+        told = _list(record, "rounds")
+        if len(told) > MAX_ROUNDS:  # each holds all that were before it
+            raise _UnfitError("rounds too many")
+        for number, entry in enumerate(told):
             entry = _object(entry, "rounds")
             question = _text(entry, "question")
             if "options" in entry:
                 asked = {"caption": caption, "round": number, "history": list(history), "question": question}
                 rows.append(entry | asked | _options(entry))
-            if number + 1 < len(record["rounds"]):
+            if number + 1 < len(told):
                 history.append((question, _text(entry, "answer")))
     except _UnfitError as error:
         return rows, [str(error)]

@@ -186,6 +186,9 @@ def test_the_answer_list_holds_what_settles_questions_most_often(tmp_path: Path,
     assert "no answer settles" in run(capsys, "data", "answers", shards_, "--out", out, "--min-count", 9)[2]
     (tmp_path / "2.tar").write_bytes(tar_of({"c.json": b'{"captions": ["x"]}'}))
     assert "no question with an answer" in run(capsys, "data", "answers", tmp_path / "2.tar", "--out", out)[2]
+    (tmp_path / "2.tar").write_bytes(tar_of(members)[:2048])
+    assert "2.tar: " in (told := run(capsys, "data", "answers", tmp_path / "2.tar", "--out", out)[2])
+    assert "cut" in told
     (tmp_path / "2.tar").write_bytes(b"no tar")
     assert "not a tar" in run(capsys, "data", "answers", tmp_path / "2.tar", "--out", out)[2]
 

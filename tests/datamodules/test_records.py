@@ -99,6 +99,10 @@ def test_a_round_that_cannot_be_read_ends_the_dialogue(entry, reason):
     assert ([row["round"] for row in rows], reasons) == ([0], [reason])
 
 
+def test_a_dialogue_without_end_is_left_out():
+    assert read(ROUNDS, {"caption": "a cube", "rounds": [ROUND] * 101}) == ([], ["rounds too many"])
+
+
 @pytest.mark.parametrize("kind", [kind for name, kind in KINDS.items() if name not in ("pairs", "clips")])
 @pytest.mark.parametrize("found", [None, {}, "text", 3])
 def test_a_record_without_its_list_is_an_error_that_names_it(kind, found):
