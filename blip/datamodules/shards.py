@@ -269,7 +269,7 @@ class EvaluationRecords(Dataset):
             return self._view(images), entries_of(text, is_json, self.index.kind)[0]
         except ValueError as error:  # to leave it out would change what is measured
             raise ValueError(
-                f"{self.records.name(0, record)}: {error}; index its shard anew with `blip data index --verify`"
+                f"{self.records.name(0, record)}: {error}; index its shard anew with `blip data index`"
             ) from error
 
     def _view(self, images: list[bytes]) -> np.ndarray:

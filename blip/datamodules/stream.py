@@ -105,7 +105,11 @@ class StreamDataModule(pl.LightningDataModule):
         self.sources = checked_sources(sources)
         self.val, self.test = checked_sets(val, "val", self.kind), checked_sets(test, "test", self.kind)
         self.tokenizer_path, self.vocab_size = tokenizer, vocab_size
-        for name, value in (("image_size", image_size), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        for name, value in (
+            ("image_size", image_size),
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+        ):
             if value < 1:
                 raise ValueError(f"data.{name}={value}: at least 1")
         self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
@@ -273,7 +277,7 @@ class StreamDataModule(pl.LightningDataModule):
         if self.replaced > self.bad_share * max(self.seen, 1000):
             raise ValueError(
                 f"{what}, more than bad_share={self.bad_share}; the last: "
-                f"{batch.replaced}; run `blip data check` on the shards, or index them anew with --verify"
+                f"{batch.replaced}; run `blip data check` on the shards, or index them anew with `blip data index`"
             )
 
     # state

@@ -137,7 +137,7 @@ def test_evaluation_gives_every_reference_and_the_texts_asked_for(tmp_path):
 
 def test_evaluation_does_not_replace_what_fails(tmp_path):
     index = with_broken(tmp_path / "data", broken={1})
-    with pytest.raises(ValueError, match=r"00000.tar: 00001: not an image.*--verify"):
+    with pytest.raises(ValueError, match=r"00000.tar: 00001: not an image.*blip data index"):
         EvaluationRecords(index, "first", 8).__getitems__([0, 1])
 
 
