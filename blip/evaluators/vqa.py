@@ -1,4 +1,4 @@
-"""What a model's answers to questions about pictures or clips are worth (paper sections 5.4 and 5.7).
+"""What a model's answers to questions about pictures or clips are worth (paper sections 5.3 and 5.6).
 
 An answer is chosen from a list (`rank`: the most likely of the candidates, as the paper's numbers are made) or written freely
 (`generate`). Either way the question's padding is not looked at, so that an answer does not depend on what else is in the batch.

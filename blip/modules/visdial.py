@@ -1,4 +1,4 @@
-"""Visual dialogue (paper section 5.6): does a candidate answer fit the dialogue, its picture and the picture's caption?
+"""Visual dialogue (paper section 5.5): does a candidate answer fit the dialogue, its picture and the picture's caption?
 
 The paper describes it in two sentences and its code was never released. Picture and caption are encoded each for itself, and
 the dialogue (history, question, candidate) looks at the states of both, one behind the other; a matching head as ITM's judges.

@@ -1,4 +1,4 @@
-"""Answering questions about pictures (paper section 5.4): the question looks at the picture, the answer looks at the question.
+"""Answering questions about pictures (paper section 5.3): the question looks at the picture, the answer looks at the question.
 
 - encoder and decoder share nothing; the decoder's cross-attention is as wide as the text, for it never sees the picture
 - all states of the question are looked at, its padding is not: an answer does not depend on what else is in the batch

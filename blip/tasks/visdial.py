@@ -1,4 +1,4 @@
-"""Fine-tuning for visual dialogue (paper section 5.6): which of the candidate answers belongs to a round."""
+"""Fine-tuning for visual dialogue (paper section 5.5): which of the candidate answers belongs to a round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning for questions about pictures (paper section 5.4): the language model of each answer, given question and picture."""
+"""Fine-tuning for questions about pictures (paper section 5.3): the language model of each answer, given question and picture."""
 
 from __future__ import annotations
 

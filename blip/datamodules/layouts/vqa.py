@@ -16,7 +16,7 @@ from blip.datamodules.layouts.coco import coco_names
 from blip.datamodules.layouts.packing import Entry, LeftOut
 from blip.datamodules.layouts.reading import Record, items
 
-VG_WEIGHT = 0.2  # of an answer in training (paper section 5.4: the released code's)
+VG_WEIGHT = 0.2  # of an answer in training, as released (paper section 5.3)
 PARTS = ("train2014", "val2014", "test2015")
 
 
