@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -43,19 +43,16 @@ from blip.text import Tokenizer, clean_caption, clean_question
 
 Picture = str | PathLike[str] | bytes | PIL.Image.Image | np.ndarray
 
-PAPER = {  # section 5.3 of the released evaluation: beam search over 3, at most 20 tokens with the prompt
+PAPER = {  # section 5.2, as released (conf/decoding/beam.yaml): beam search over 3, at most 20 ids with [DEC] and the prompt
     "strategy": "beam", "max_length": 20, "min_length": 5, "beams": 3, "top_p": 0.9, "top_k": 0, "temperature": 1.0,
     "repetition_penalty": 1.0, "no_repeat_ngram": 0, "length_penalty": 1.0, "length_counts": "all", "samples": 1,
 }  # fmt: skip
-ANSWERS = PAPER | {"max_length": 10, "min_length": 1}  # the same of answers, section 5.4
-FIRST, SMOOTHING = (
-    128,
-    0.1,
-)  # of ranking answers: how many come through their first token, and the training's smoothing, as released
+ANSWERS = PAPER | {"max_length": 10, "min_length": 1}  # the same of answers, section 5.3 (conf/task/vqa.yaml)
+FIRST = 128  # of the answers to choose from so many are compared in full, by their first token, as released
+SMOOTHING = 0.1  # of their likelihood, that of the training, as released
 RELEASED_PROMPT = "a picture of"
 TEXTS_AT_ONCE = 512  # that go through ITM together
-MAX_QUESTION_WORDS = 50
-LIMITS = {"words": 30, "tokens": 35}  # of a text that is matched or embedded, where the checkpoint does not say
+MAX_WORDS, MAX_QUESTION_WORDS, MAX_TOKENS = 30, 50, 35  # of a text and a question, where the checkpoint does not say
 
 
 @dataclass(frozen=True)
@@ -183,8 +180,8 @@ class Model:
         """An `Answer` of each picture to each question: to one question one, to a list of questions a list.
 
         questions: the same of every picture, or a list of lists, which holds each picture's own.
-        choices: answers to choose from, ranked in two stages as released; else the answer is written, by beam search over 3
-        (`ANSWERS`) but for what `decoding` changes. For models that were fine-tuned for questions (experiment=vqa_129m).
+        choices: answers to choose from, ranked in two stages as released; else the likeliest is written, by the run's own
+        decoding (else the paper's, `ANSWERS`) but for what `decoding` changes. For models that were fine-tuned for questions.
         """
         if not isinstance(self.network, VQA):
             raise ValueError(f"{self.path} was not fine-tuned for questions: it has no decoder that looks at questions")
@@ -194,19 +191,19 @@ class Model:
         lists: list[list[str]] = [list(each) for each in wanted] if own else [wanted]  # type: ignore[list-item]
         if not all(lists):
             raise ValueError("answer: no question is given")
-        how = Decoding(**{**ANSWERS, **decoding})
+        how = _decoding(self._said("task.evaluators.vqa.decoding") or ANSWERS, decoding)
+        if how.strategy == "nucleus" or how.samples > 1:
+            raise ValueError("an answer is the likeliest one: greedy or beam search, and samples=1")
         candidates = None
         if choices is not None:
-            candidates = Candidates.of(tokenizer.encode(list(choices), how.max_length), self.device)
+            candidates = Candidates.of(tokenizer.encode(list(choices), network.config.med.positions), self.device)
 
         def say(image: Tensor, _: list[np.ndarray]) -> list[Any]:
             asked = lists if own else lists * image.shape[0]
             if len(asked) != image.shape[0]:
                 raise ValueError(f"{len(asked)} lists of questions for {image.shape[0]} pictures: one for each")
-            texts = [clean_question(text, MAX_QUESTION_WORDS) for each in asked for text in each]
-            encoded = tokenizer.encode(texts, LIMITS["tokens"])
-            ids = torch.tensor([i for text in encoded for i in text], device=self.device)
-            layout = TextLayout.from_lengths([len(text) for text in encoded]).to(self.device)
+            texts = [text for each in asked for text in each]
+            ids, layout = self._tokens(texts, clean_question, MAX_QUESTION_WORDS)
             row = torch.tensor([n for n, each in enumerate(asked) for _ in each], device=self.device)
             looked = network.ask(ids, layout, network.med.look(network.visual_encoder(image)), row)
             if candidates is None:
@@ -281,11 +278,7 @@ class Model:
 
     def decoding(self, **changed: Any) -> Decoding:
         """The run's own decoding, else the paper's, with what is given changed. ValueError for a name or value that is none."""
-        node = self._said("task.evaluators.caption.decoding") or PAPER
-        known = set(PAPER) | {"early_stopping"}
-        if unknown := set(changed) - known:
-            raise ValueError(f"decoding has no {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
-        return Decoding(**{name: value for name, value in {**node, **changed}.items() if name in known})
+        return _decoding(self._said("task.evaluators.caption.decoding") or PAPER, changed)
 
     # inside -----------------------------------------------------------------------------------------------------------
 
@@ -336,15 +329,25 @@ class Model:
         square = (self.image_size, self.image_size, 3)
         return picture if picture.shape == square else resize_square(np.ascontiguousarray(picture), self.image_size)
 
-    def _tokens(self, texts: list[str]) -> tuple[Tensor, TextLayout]:
-        words, tokens = (self._said(f"data.max_{name}") or most for name, most in LIMITS.items())
-        ids = self.tokenizer.encode([clean_caption(text, words) for text in texts], tokens)
+    def _tokens(
+        self, texts: list[str], clean: Callable[[str, int], str] = clean_caption, max_words: int = MAX_WORDS
+    ) -> tuple[Tensor, TextLayout]:
+        words, tokens = self._said("data.max_words") or max_words, self._said("data.max_tokens") or MAX_TOKENS
+        ids = self.tokenizer.encode([clean(text, words) for text in texts], tokens)
         packed = torch.tensor([i for text in ids for i in text], device=self.device)
         return packed, TextLayout.from_lengths([len(text) for text in ids]).to(self.device)
 
     def _caption(self, ids: list[int], log_probs: list[float]) -> Caption:
         total = sum(log_probs)
         return Caption(self.tokenizer.decode(ids), total, total / len(log_probs), tuple(log_probs))
+
+
+def _decoding(node: Mapping[str, Any], changed: Mapping[str, Any]) -> Decoding:
+    """What a node of a config says, with what is given changed. ValueError for a name or value that is none."""
+    known = {field.name for field in fields(Decoding)}
+    if unknown := set(changed) - known:
+        raise ValueError(f"decoding has no {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
+    return Decoding(**{name: value for name, value in {**node, **changed}.items() if name in known})
 
 
 def _seed(seed: int, pixels: np.ndarray) -> int:

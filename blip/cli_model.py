@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0  # between two looks at the progress
 NAMED = 20  # broken files named at the end
-Say = Callable[
-    ["Model", "list[np.ndarray]", list[str]], list[dict[str, Any]]
-]  # what it says of pictures with these names
+# what it says of pictures with these names
+Say = Callable[["Model", "list[np.ndarray]", list[str]], list[dict[str, Any]]]
 
 
 def add_model(commands: Any) -> None:
@@ -193,7 +192,10 @@ def search_pictures(options: argparse.Namespace) -> int:
     if options.top < 1:
         raise ValueError(f"--top {options.top}: at least 1")
     model = load(options.model, options.tokenizer)
-    if json.loads(beside.read_text(encoding="utf-8")).get("model") != model.fingerprint:
+    settings = json.loads(beside.read_text(encoding="utf-8"))
+    if settings.get("command") != "embed":
+        raise ValueError(f"{options.vectors}: written by `blip {settings.get('command')}`, not by `blip embed`")
+    if settings.get("model") != model.fingerprint:
         raise ValueError(f"{options.vectors} was made by another model than {options.model}: embed the pictures anew")
     with open(options.vectors, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -203,7 +205,7 @@ def search_pictures(options: argparse.Namespace) -> int:
     for text, cosine in zip(options.text, cosines.T, strict=True):
         best = np.argsort(-cosine, kind="stable")[: options.top]
         found = [{"picture": rows[i]["picture"], "cosine": round(float(cosine[i]), 6)} for i in best]
-        print(json.dumps({"text": text, "found": found}, ensure_ascii=False))
+        sys.stdout.write(_line({"text": text, "found": found}))
     return 0
 
 
@@ -219,7 +221,12 @@ def _run(options: argparse.Namespace, say: Say, settings: dict[str, Any], only: 
         raise ValueError(f"--batch-size {options.batch_size}: at least 1")
     places = [place for place in find(options.pictures) if only is None or place.name in only]
     model = load(options.model, options.tokenizer, options.device, options.precision)
-    settings = {"command": options.run.__name__.split("_")[0], "model": model.fingerprint, **settings}
+    settings = {
+        "command": options.run.__name__.split("_")[0],
+        "model": model.fingerprint,
+        "precision": options.precision,
+        **settings,
+    }
     broken: dict[str, str] = {}
     with _lines(options.out, settings) as (file, done):
         left = [place for place in places if place.name not in done]
@@ -234,7 +241,7 @@ def _run(options: argparse.Namespace, say: Say, settings: dict[str, Any], only: 
             if read:
                 names = [place.name for place, _ in read]
                 for name, row in zip(names, say(model, [pixels for _, pixels in read], names), strict=True):
-                    file.write(json.dumps({"picture": name, **row}, ensure_ascii=False) + "\n")
+                    file.write(_line({"picture": name, **row}))
                 file.flush()
             told.show(min(start + options.batch_size, len(left)))
     for name, why in list(broken.items())[:NAMED]:
@@ -278,6 +285,11 @@ def _lines(out: Path | None, settings: dict[str, Any]) -> Iterator[tuple[IO[str]
         yield file, done
         file.flush()
         os.fsync(file.fileno())
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A JSON line. A name that is not UTF-8 comes as halves of surrogate pairs, which stand there as JSON's escapes."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def _settings_of(out: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import blip
-from blip.api import Model
+from blip.api import ANSWERS, FIRST, PAPER, SMOOTHING, Model
 from blip.cli import parser
 from blip.modules.blip import BLIP, BLIPConfig
 from blip.modules.checkpoint import convert, nodes
@@ -113,6 +115,27 @@ def test_an_answer_does_not_hang_on_the_questions_and_pictures_beside_it(saved: 
     assert {each.text for row in together for each in row} <= set(choices)
     with pytest.raises(ValueError, match="2 lists of questions for 3 pictures"):
         model.answer(several, [wanted, wanted])
+
+
+def test_an_answer_is_one_and_whole(saved: Callable[..., Path]):
+    model, long = blip.load(saved(questions=True)), "a dog and a cat and a man and"
+    short, longer = (model.answer(picture(0), "what is it?", [text]) for text in (long, f"{long} a dog"))
+    assert longer.log_prob < short.log_prob - 1
+    for wrong in ({"strategy": "beam", "samples": 2}, {"strategy": "nucleus"}):
+        with pytest.raises(ValueError, match="likeliest"):
+            model.answer(picture(0), ["what is it?", "how many?"], **wrong)
+    with pytest.raises(ValueError, match=r"beam_size.*beams"):
+        model.answer(picture(0), "what is it?", beam_size=5)
+
+
+def test_without_a_run_decoding_is_that_of_the_configs():
+    conf = Path(blip.__file__).parents[1] / "conf"
+    beam, answers = (OmegaConf.load(conf / name) for name in ("decoding/beam.yaml", "task/vqa.yaml"))
+    said = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(conf / "decoding/greedy.yaml"), beam))
+    assert {name: said[name] for name in PAPER} == PAPER
+    evaluator = answers.evaluators.vqa
+    assert PAPER | OmegaConf.to_container(evaluator.decoding) == ANSWERS
+    assert (evaluator.top_k, answers.label_smoothing) == (FIRST, SMOOTHING)
 
 
 def test_a_model_says_what_it_was_not_made_for(model: Model, saved: Callable[..., Path]):
@@ -233,6 +256,17 @@ def test_a_command_that_was_broken_off_goes_on_and_ends_as_if_it_had_not_been(
     assert cut.read_bytes() == whole.read_bytes()
 
 
+def test_a_name_that_is_no_utf8_stops_nothing_and_is_known_again(
+    saved: Callable[..., Path], folder: Path, tmp_path: Path
+):
+    os.rename(folder / "a.jpg", os.fsencode(folder) + b"/\xff.jpg")
+    out, model = tmp_path / "out.jsonl", saved()
+    for _ in range(2):
+        assert run("embed", model, folder, "--out", out, "--batch-size", 2) == 0
+    assert [os.fsencode(row["picture"]).rpartition(b"/")[2] for row in rows(out)].count(b"\xff.jpg") == 1
+    assert len(rows(out)) == 5
+
+
 def test_a_file_begun_with_other_settings_is_not_gone_on_with(saved: Callable[..., Path], folder: Path, tmp_path: Path):
     model, out = saved(), tmp_path / "out.jsonl"
     run("match", model, folder, "--text", "a dog", "--out", out)
@@ -309,3 +343,6 @@ def test_a_search_finds_what_the_cosines_say_and_refuses_another_models_vectors(
     assert [each["picture"] for each in found] == [names[i] for i in np.argsort(-cosines)[:2]]
     with pytest.raises(ValueError, match="another model"):
         run("search", saved(decoder=False), vectors, "a dog")
+    run("match", path, folder, "--text", "a dog", "--out", tmp_path / "matches.jsonl")
+    with pytest.raises(ValueError, match="written by `blip match`"):
+        run("search", path, tmp_path / "matches.jsonl", "a dog")
