@@ -256,9 +256,10 @@ class RetrievalEvaluator:
             chosen = torch.where(chosen < 0, chosen[:, :1], chosen)
             for texts in chosen.split(width, dim=1):
                 lengths = words.lengths[texts.flatten()]
-                ids = words.ids.take(texts.flatten().tolist())[:, : int(lengths.max())].long()
-                layout = TextLayout.from_mask(torch.arange(ids.shape[1]) < lengths[:, None]).to(device)
-                found = model.itm_logits(ids.flatten().to(device), layout, cross)[:, 1]
+                ids = words.ids.take(texts.flatten().tolist()).long()
+                packed = ids[torch.arange(ids.shape[1]) < lengths[:, None]].to(device)
+                layout = TextLayout.from_lengths(lengths.tolist()).to(device)
+                found = model.itm_logits(packed, layout, cross)[:, 1]
                 logits[rows[:, None], texts] = found.float().cpu().view_as(texts)
         return logits
 
