@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks.rerank import arithmetic, base
 from blip.evaluators.retrieval import Cut, RetrievalEvaluator, Words, ahead_of, recalls
 from blip.evaluators.rows import Rows
 from blip.modules.blip import BLIP
@@ -214,6 +215,12 @@ def test_the_similarity_beside_itm_is_the_cosine_or_what_itc_makes_of_it(
     assert 1 / model.temperature.item() > 5
     monkeypatch.setattr(judge, "rerank", lambda *_: 5 * (1 - same))  # ITM errs by less than ITC is sure
     assert judge.compute(model)["i2t_r1"] == found
+
+
+def test_re_ranking_coco_costs_what_the_arithmetic_says() -> None:
+    shared, packed = arithmetic(base())
+    assert (shared["value"], shared["peer_value"]) == pytest.approx((59.4, 184.8), abs=0.05)
+    assert packed["value"] < 0.5 * shared["value"]
 
 
 # counting ---------------------------------------------------------------------------------------------------------------
