@@ -36,7 +36,6 @@ from blip.datamodules.tars import as_json, write_tar
 
 SHARD = 500  # records of a shard, among which answers are even
 QUESTIONS = 4  # of one picture
-STATEMENTS = 4  # of two pictures
 PEOPLE = 10  # who all give the same answer, as many as in VQA v2
 
 Samples = Iterator[tuple[str, dict[str, bytes]]]
@@ -119,7 +118,7 @@ def _statements(scenes: Scenes, numbers: range) -> Samples:
         rng, key = scenes.rng(number), f"{number:06d}"
         left = scenes.scene(number % 3 + 1, number // 3, rng)
         right = scenes.scene(rng.randint(1, 3), rng.randrange(2**32), rng)
-        said = state(left.description, right.description, rng, balance, STATEMENTS)
+        said = state(left.description, right.description, rng, balance)
         entries = [
             {"id": f"{key}-{n}", "sentence": one.text, "label": one.truth, "statement_type": one.kind}
             for n, one in enumerate(said)
