@@ -231,14 +231,15 @@ class Task(L.LightningModule):
 
     @torch.no_grad()
     def gallery(self, batch: Any) -> list[dict[str, Any]]:
-        """A card for each picture: image uint8 [H, W, 3], true caption, best and worst match in the batch.
+        """A card for each picture, or for the first frame of each clip: image uint8 [H, W, 3], true caption, best and worst match.
 
-        Where captions are written, the generated one, too.
+        Matches are those in the batch. Where captions are written, the generated one, too.
         """
-        image = self.model.image_features(self.model.visual_encoder(batch.image))
+        image = self.model.image_features(self.model.image_states(batch.image))
         similarity = image @ self.model.text_features(batch.input_ids, batch.layout).T  # [B, R]
         best, worst = similarity.argmax(1).tolist(), similarity.argmin(1).tolist()
-        pictures = denormalize(batch.image).permute(0, 2, 3, 1).cpu().numpy()
+        shown = batch.image if batch.image.dim() == 4 else batch.image[:, 0]
+        pictures = denormalize(shown).permute(0, 2, 3, 1).cpu().numpy()
         cards: list[dict[str, Any]] = [
             {"image": picture, "true": true[0], "best": batch.texts[b], "worst": batch.texts[w]}
             for picture, true, b, w in zip(pictures, batch.references, best, worst, strict=True)
