@@ -8,6 +8,7 @@ line is taken away, and other settings than the file was begun with are refused.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -93,7 +94,13 @@ def caption_pictures(options: argparse.Namespace) -> int:
         found = model.caption(pixels, options.prompt, options.seed, **decoding)
         return [{"captions": [asdict(c) for c in (each if isinstance(each, list) else [each])]} for each in found]
 
-    return _run(options, say, {"prompt": options.prompt, "seed": options.seed, **decoding})
+    def settings(model: Model) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        prompt = model.prompt if options.prompt is None else options.prompt
+        return {"prompt": prompt, "seed": options.seed, **asdict(model.decoding(**decoding))}
+
+    return _run(options, say, settings)
 
 
 def answer_questions(options: argparse.Namespace) -> int:
@@ -121,7 +128,7 @@ def answer_questions(options: argparse.Namespace) -> int:
     questions = (
         options.question if own is None else hashlib.blake2b(json.dumps(own).encode(), digest_size=16).hexdigest()
     )
-    return _run(options, say, {"question": questions, "choices": choices}, own)
+    return _run(options, say, lambda model: {"question": questions, "choices": choices}, own)
 
 
 def _own_questions(file: Path, pictures: list[str]) -> dict[str, list[str]]:
@@ -166,7 +173,7 @@ def match_pictures(options: argparse.Namespace) -> int:
             for row in rows
         ]
 
-    return _run(options, say, {"text": options.text})
+    return _run(options, say, lambda model: {"text": options.text})
 
 
 def embed_pictures(options: argparse.Namespace) -> int:
@@ -175,7 +182,7 @@ def embed_pictures(options: argparse.Namespace) -> int:
     def say(model: Model, pixels: list[np.ndarray], names: list[str]) -> list[dict[str, Any]]:
         return [{"embedding": [round(float(x), 6) for x in row]} for row in model.embed(pixels)]
 
-    return _run(options, say, {})
+    return _run(options, say, lambda model: {})
 
 
 def search_pictures(options: argparse.Namespace) -> int:
@@ -212,7 +219,12 @@ def search_pictures(options: argparse.Namespace) -> int:
 # the run over many pictures -------------------------------------------------------------------------------------------
 
 
-def _run(options: argparse.Namespace, say: Say, settings: dict[str, Any], only: Container[str] | None = None) -> int:
+def _run(
+    options: argparse.Namespace,
+    say: Say,
+    settings: Callable[[Model], dict[str, Any]],
+    only: Container[str] | None = None,
+) -> int:
     """Status 0, or 1 where no picture could be read. only: the names of those of the pictures that are looked at."""
     from blip.api import load
     from blip.datamodules.files import Place, find
@@ -221,14 +233,14 @@ def _run(options: argparse.Namespace, say: Say, settings: dict[str, Any], only: 
         raise ValueError(f"--batch-size {options.batch_size}: at least 1")
     places = [place for place in find(options.pictures) if only is None or place.name in only]
     model = load(options.model, options.tokenizer, options.device, options.precision)
-    settings = {
+    began_with = {
         "command": options.run.__name__.split("_")[0],
         "model": model.fingerprint,
         "precision": options.precision,
-        **settings,
+        **settings(model),
     }
     broken: dict[str, str] = {}
-    with _lines(options.out, settings) as (file, done):
+    with _lines(options.out, began_with) as (file, done):
         left = [place for place in places if place.name not in done]
         told = _Progress(len(left), len(places) - len(left))
         for start in range(0, len(left), options.batch_size):
@@ -282,6 +294,10 @@ def _lines(out: Path | None, settings: dict[str, Any]) -> Iterator[tuple[IO[str]
             whole += len(line)
         raw.truncate(whole)
     with open(out, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{out}: another process writes it; wait for it, or choose another --out") from None
         yield file, done
         file.flush()
         os.fsync(file.fileno())

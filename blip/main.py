@@ -375,7 +375,10 @@ def load_weights(task: Any, cfg: DictConfig, last: Path) -> list[Any]:
 
 
 def write_predictions(trainer: Any, batches: Any, path: Path) -> None:
-    """One JSON object a line, of all ranks, in the order of the data (rank r has every world-size-th row)."""
+    """One JSON object a line, of all ranks.
+
+    In the order of the data on one rank, and on several where a picture gives one row (rank r has every world-size-th picture).
+    """
     import torch.distributed as dist
 
     rows = [row for batch in batches for row in batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -315,6 +316,14 @@ def test_a_line_that_is_no_question_of_a_picture_is_named(
     (tmp_path / "questions.jsonl").write_text(line)
     with pytest.raises(ValueError, match=told):
         run("answer", saved(questions=True), folder, "--questions", tmp_path / "questions.jsonl")
+
+
+def test_two_processes_do_not_write_one_file(saved: Callable[..., Path], folder: Path, tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    with open(out, "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process"):
+            run("embed", saved(), folder, "--out", out)
 
 
 def test_nothing_but_broken_pictures_is_a_failure(

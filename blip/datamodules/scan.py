@@ -15,7 +15,7 @@ from blip.datamodules.images import MAX_BYTES, ImageError, decode
 from blip.datamodules.locations import is_url
 from blip.datamodules.records import CLIPS, PAIRS, Kind, entries_of, kind_of
 from blip.datamodules.remote import digest_of, fetch_file
-from blip.datamodules.video import MAX_CLIP_BYTES, frames_of
+from blip.datamodules.video import MAX_CLIP_BYTES, frames_of, library
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 VIDEOS = ("mp4", "avi", "webm", "mkv")
@@ -74,8 +74,10 @@ def picture_names(kind: Kind) -> list[list[str]]:
 
 
 def scan(location: str, verify: bool, records: str = PAIRS.name) -> Scan:
-    """Reads one shard; what stops it is in `broken`."""
+    """Reads one shard; what stops it is in `broken`. OSError where what decodes clips is not installed."""
     found, kind = Scan(), kind_of(records)
+    if verify and kind.clips:
+        library()
     wanted = {name for names in picture_names(kind) for name in names} | {"txt", "json"}
     done: set[str] = set()
     try:

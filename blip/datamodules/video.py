@@ -39,7 +39,7 @@ def frames_of(data: bytes, frames: int, size: int | None = None) -> list[np.ndar
 
     ImageError for anything that does not give all of them.
     """
-    av = _library()
+    av = library()
     try:
         length = _length(av, data)
         wanted = sampled(length, frames)
@@ -107,7 +107,8 @@ def _opened(av: Any, data: bytes) -> Any:
     return av.open(io.BytesIO(data), format=name)
 
 
-def _library() -> Any:
+def library() -> Any:
+    """PyAV; OSError that says how to get it where it is missing."""
     try:
         import av
     except ImportError:

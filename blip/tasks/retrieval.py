@@ -53,9 +53,9 @@ class RetrievalTask(ContrastiveTask):
 
     @torch.no_grad()
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """A row for each picture: its key, and of each of its texts the cosine and the probability that it matches."""
+        """A row for each picture or clip: its key, and of each of its texts the cosine and the probability that it matches."""
         model = self.model
-        states = model.visual_encoder(batch.image)
+        states = model.image_states(batch.image)
         image, text = model.image_features(states), model.text_features(batch.input_ids, batch.layout)
         cosines = (image[batch.text_row] * text).sum(1)
         grid = batch.layout.folded(batch.text_row, len(image))
