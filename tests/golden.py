@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests import golden_models
 from tests.golden_captioner import run_captioner
@@ -62,7 +63,10 @@ def check(folder: Path, say: Callable[[str], None] = print) -> bool:
             continue
         outcome = Outcome()
         try:
-            RUNS[name](outcome, folder, case, weights, inputs, dtype)
+            with sdpa_kernel(
+                SDPBackend.MATH
+            ):  # in the order of the reference: in float32 a fused kernel rounds otherwise
+                RUNS[name](outcome, folder, case, weights, inputs, dtype)
         except (ValueError, KeyError, RuntimeError) as error:
             say(f"{name} {str(dtype)[6:]}: COULD NOT RUN: {type(error).__name__}: {error}")
             return False
@@ -116,8 +120,6 @@ def _compare_tensors(
             ".digest." in name and tolerance > 1e-6
         ):  # in float32 a sum is no more exact than the norm of its terms allows
             scale = torch.maximum(scale, want[:, 1:2].abs())
-        if "grad." in name and tolerance > 1e-6:  # and a gradient no more than the largest of its tensor allows
-            scale = torch.maximum(scale, want.abs().max())
         if name in outcome.masks:
             mask, why = outcome.masks[name]
             got, want, scale = got[mask], want[mask], scale[mask]
