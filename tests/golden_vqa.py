@@ -74,7 +74,9 @@ def run_vqa(
     written = _write(model, inputs, pictures, tokenizer)
     told = case["generate"]["hypothesis_scores"]
     tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}[dtype]
-    near = torch.allclose(written.score.double(), torch.tensor(told, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+    near = torch.allclose(
+        written.score.double(), torch.tensor(told, dtype=torch.float64), rtol=tolerance, atol=tolerance
+    )
     out.lists |= {
         "questions": case["questions"],  # their ids were compared above, and those of the answers
         "answers": case["answers"],
