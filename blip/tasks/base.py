@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class Task(L.LightningModule):
 
     model: the nodes `vit` and `med` and the sizes of `BLIPConfig`; tokenizer: its JSON text. optimizer: a partial that takes
     parameter groups; rules: see `parameter_groups`; schedule: a partial (step, total_steps, steps_per_epoch) -> factor of
-    the rate. evaluators: {task name: partial that takes the tokenizer, or None}, run on every evaluation set. compile: a
-    partial of `torch.compile`, or None.
+    the rate. evaluators: {task name: partial that takes the tokenizer, or None}, run on every evaluation set; cadence: {name: n},
+    those that in training run at every n-th validation only. compile: a partial of `torch.compile`, or None.
     """
 
     encoder = decoder = True
@@ -73,6 +73,7 @@ class Task(L.LightningModule):
         schedule: Callable[..., float],
         evaluators: dict[str, Callable[[Tokenizer], Any] | None],
         rules: Sequence[dict[str, Any]] = (),
+        cadence: Mapping[str, int] | None = None,
         compile: Callable[[Callable], Callable] | None = None,
         seed: int = 0,
     ) -> None:
@@ -84,6 +85,13 @@ class Task(L.LightningModule):
         )
         self.optimizer, self.schedule, self.rules = optimizer, schedule, rules
         self.evaluators = {name: make(self.tokenizer) for name, make in evaluators.items() if make is not None}
+        self.cadence = dict(cadence or {})
+        for name, every in self.cadence.items():
+            if name not in self.evaluators or every < 1:
+                raise ValueError(
+                    f"task.cadence.{name}={every}: a number from 1 for one of {', '.join(self.evaluators) or 'no evaluator'}"
+                )
+        self.validations = 0  # in training, this one included
         self.compile_with = compile
         self.seed = seed
         self.config_yaml = ""
@@ -160,6 +168,7 @@ class Task(L.LightningModule):
         self._evaluate(batch, dataloader_idx)
 
     def on_validation_epoch_start(self) -> None:
+        self.validations += self.trainer.state.fn == "fit"
         self._open()
 
     def on_test_epoch_start(self) -> None:
@@ -173,20 +182,26 @@ class Task(L.LightningModule):
 
     def _open(self) -> None:
         self._set = 0
-        for evaluator in self.evaluators.values():
+        training = self.trainer.state.fn == "fit"
+        self._due = {
+            name: evaluator
+            for name, evaluator in self.evaluators.items()
+            if not training or self.validations % self.cadence.get(name, 1) == 0
+        }
+        for evaluator in self._due.values():
             evaluator.reset()
 
     def _evaluate(self, batch: Any, number: int) -> None:
         while self._set < number:  # the loaders follow each other, so the sets before are complete
             self._score()
-        for evaluator in self.evaluators.values():
+        for evaluator in self._due.values():
             evaluator.update(self.model, batch)
 
     def _score(self) -> None:
         """Logs `stage/task/metric`, with the set's name behind the task's unless it is the main set."""
         stage = "test" if self.trainer.testing else "val"
         name = getattr(self.trainer.datamodule, f"{stage}_names")[self._set]  # type: ignore[attr-defined]
-        for task, evaluator in self.evaluators.items():
+        for task, evaluator in self._due.items():
             label = task if name == "main" else f"{task}_{name}"
             self.results.update({f"{stage}/{label}/{k}": v for k, v in evaluator.compute(self.model).items()})
             self.scored(stage, label, evaluator)
@@ -283,6 +298,8 @@ class Task(L.LightningModule):
         checkpoint["config"] = self.config_yaml
         checkpoint["tokenizer"] = self.tokenizer_json
         checkpoint["trained_on"] = sorted(self.trained_on)
+        checkpoint["validations"] = self.validations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_on |= set(checkpoint.get("trained_on", ()))
+        self.validations = checkpoint.get("validations", 0)

@@ -75,6 +75,7 @@ def stepper(
     vit: dict[str, Any] | None = None,
     med: dict[str, Any] | None = None,
     vocabulary: Sequence[str] = WORDS,
+    cadence: dict[str, int] | None = None,
     **objectives: Any,
 ) -> Stepper:
     torch.manual_seed(seed)
@@ -94,6 +95,7 @@ def stepper(
         optimizer=None,
         schedule=None,
         evaluators={},
+        cadence=cadence,
     )
     return task.double().train()
 

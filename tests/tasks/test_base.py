@@ -178,7 +178,8 @@ class Sets:
     """Evaluation sets, each of some shards; training is on others."""
 
     def __init__(self, shards: dict[str, set[str]]) -> None:
-        self.shards, self.test_names = shards, list(shards)
+        self.shards = shards
+        self.val_names = self.test_names = list(shards)
 
     def training_shards(self) -> set[str]:
         return {"t"}
@@ -191,7 +192,7 @@ def scored(task: PretrainTask, shards: dict[str, set[str]]) -> dict[str, float]:
     logged: dict[str, float] = {}
     task.log_dict = lambda values, **_: logged.update(values)
     task.evaluators = {"it": Counted()}
-    task._trainer = SimpleNamespace(testing=True, datamodule=Sets(shards))
+    task._trainer = SimpleNamespace(testing=True, state=SimpleNamespace(fn="test"), datamodule=Sets(shards))
     task.on_test_epoch_start()
     task.on_test_epoch_end()
     return logged
@@ -219,11 +220,42 @@ def test_a_rank_without_pictures_of_a_set_scores_it_too_for_the_others_wait():
     task, logged = stepper(), {}
     task.log_dict = lambda values, **_: logged.update(values)
     task.evaluators = {"it": Counted()}
-    task._trainer = SimpleNamespace(testing=True, datamodule=Sets({"main": {"a"}, "other": {"b"}, "last": {"c"}}))
+    task._trainer = SimpleNamespace(
+        testing=True, state=SimpleNamespace(fn="test"), datamodule=Sets({"main": {"a"}, "other": {"b"}, "last": {"c"}})
+    )
     task.on_test_epoch_start()
     task.test_step(batch(pairs(3, seed=0)), 0, 0)
     task.on_test_epoch_end()
     assert logged == {"test/it/count": 3.0, "test/it_other/count": 0.0, "test/it_last/count": 0.0}
+
+
+def test_an_evaluator_keeps_its_cadence_in_training_also_across_a_restart_and_runs_in_every_test():
+    def validated(task: Task, fn: str) -> list[str]:
+        logged: dict[str, float] = {}
+        task.log_dict = lambda values, **_: logged.update(values)
+        task.evaluators = {"often": Counted(), "seldom": Counted()}
+        task.cadence = {"seldom": 2}
+        state = SimpleNamespace(fn=fn)
+        task._trainer = SimpleNamespace(testing=fn == "test", state=state, datamodule=Sets({"main": {"a"}}))
+        start, end = (task.on_test_epoch_start, task.on_test_epoch_end) if fn == "test" else (None, None)
+        (start or task.on_validation_epoch_start)()
+        task._evaluate(batch(pairs(3, seed=0)), 0)
+        (end or task.on_validation_epoch_end)()
+        return sorted(name.split("/")[1] for name in logged)
+
+    task = stepper()
+    assert [validated(task, "fit") for _ in range(3)] == [["often"], ["often", "seldom"], ["often"]]
+    saved: dict[str, Any] = {}
+    task.on_save_checkpoint(saved)
+    again = stepper()
+    again.on_load_checkpoint(saved)
+    assert validated(again, "fit") == ["often", "seldom"]
+    assert validated(again, "test") == validated(again, "validate") == ["often", "seldom"]
+
+
+def test_a_cadence_of_an_evaluator_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"task\.cadence\.captoin=2"):
+        stepper(cadence={"captoin": 2})
 
 
 def test_an_epoch_whose_last_step_has_fewer_micro_batches_counts_that_step():
