@@ -90,7 +90,7 @@ def load(
     device: str | torch.device | None = None,
     precision: str = "float32",
 ) -> Model:
-    """The model of a checkpoint: ours, a released `.pth`, or a folder of transformers.
+    """The model of a checkpoint: ours (or the folder of its run), a released `.pth`, or a folder of transformers.
 
     tokenizer: a vocab.txt, a tokenizer.json or a folder with either, for files that hold none (released ones: BERT's). device:
     by default the GPU where there is one. precision: `float32`, or `bfloat16` for the model's products.
@@ -102,7 +102,11 @@ def load(
         raise ValueError(f"{path} holds no vocabulary: give the one it was trained with (tokenizer=vocab.txt)")
     words = words or Tokenizer.from_json(weights.tokenizer)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Model(weights, words, torch.device(chosen), precision)
+    try:
+        place = torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {chosen!r} cannot be had here: {str(error).splitlines()[0]}") from error
+    return Model(weights, words, place, precision)
 
 
 class Model:

@@ -33,7 +33,7 @@ Say = Callable[["Model", "list[np.ndarray]", list[str]], list[dict[str, Any]]]
 def add_model(commands: Any) -> None:
     """Adds the commands to the parser of `blip`."""
     caption = _command(commands, "caption", "write captions", caption_pictures)
-    caption.add_argument("--prompt", help="words that captions begin with (default: as the model was trained)")
+    caption.add_argument("--prompt", help="words before every caption, not written (default: as the model was trained)")
     caption.add_argument(
         "--strategy", choices=("greedy", "beam", "nucleus"), help="default: as the model's run, or beam"
     )
@@ -274,18 +274,22 @@ def _lines(out: Path | None, settings: dict[str, Any]) -> Iterator[tuple[IO[str]
         return
     beside = _settings_of(out)
     said = json.dumps(settings, ensure_ascii=False, indent=2) + "\n"
-    before = beside.read_text(encoding="utf-8") if beside.is_file() else "{}"
-    if out.exists() and out.stat().st_size and before != said:
-        was = json.loads(before)
-        changed = [key for key in {**was, **settings} if was.get(key) != settings.get(key)]
-        raise ValueError(
-            f"{out} was begun with other settings ({', '.join(changed)}): choose another --out, or delete it to begin anew"
-        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(said, encoding="utf-8")
-    done: set[str] = set()
-    whole = 0
     with open(out, "a+b") as raw:
+        try:
+            fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{out}: another process writes it; wait for it, or choose another --out") from None
+        before = beside.read_text(encoding="utf-8") if beside.is_file() else "{}"
+        if out.stat().st_size and before != said:
+            was = json.loads(before)
+            changed = [key for key in {**was, **settings} if was.get(key) != settings.get(key)]
+            raise ValueError(
+                f"{out} was begun with other settings ({', '.join(changed)}): choose another --out, or delete it to begin anew"
+            )
+        beside.write_text(said, encoding="utf-8")
+        done: set[str] = set()
+        whole = 0
         raw.seek(0)
         for line in raw:
             if not line.endswith(b"\n"):
@@ -293,14 +297,10 @@ def _lines(out: Path | None, settings: dict[str, Any]) -> Iterator[tuple[IO[str]
             done.add(json.loads(line)["picture"])
             whole += len(line)
         raw.truncate(whole)
-    with open(out, "a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{out}: another process writes it; wait for it, or choose another --out") from None
-        yield file, done
-        file.flush()
-        os.fsync(file.fileno())
+        with open(out, "a", encoding="utf-8") as file:
+            yield file, done
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _line(row: dict[str, Any]) -> str:

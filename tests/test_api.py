@@ -318,12 +318,24 @@ def test_a_line_that_is_no_question_of_a_picture_is_named(
         run("answer", saved(questions=True), folder, "--questions", tmp_path / "questions.jsonl")
 
 
-def test_two_processes_do_not_write_one_file(saved: Callable[..., Path], folder: Path, tmp_path: Path):
+def test_two_processes_do_not_write_one_file_nor_its_settings(saved: Callable[..., Path], folder: Path, tmp_path: Path):
     out = tmp_path / "out.jsonl"
     with open(out, "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another process"):
             run("embed", saved(), folder, "--out", out)
+    assert not (tmp_path / "out.jsonl.settings.json").exists()
+
+
+def test_a_model_is_named_by_its_run_and_what_is_none_by_its_path(saved: Callable[..., Path], tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").symlink_to(path := saved())
+    assert blip.load(tmp_path).fingerprint == blip.load(path).fingerprint
+    (tmp_path / "notes.txt").write_text("imagine a model")
+    with pytest.raises(ValueError, match=r"notes\.txt"):
+        blip.load(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="device 'gpu' cannot be had here"):
+        blip.load(path, device="gpu")
 
 
 def test_nothing_but_broken_pictures_is_a_failure(

@@ -87,13 +87,14 @@ class Weights:
 
 
 def read(path: str | Path) -> Weights:
-    """The weights of a file (`.pth`, `.pt`, `.bin`, `.ckpt`, `.safetensors`) or of a transformers folder.
+    """The weights of a file (`.pth`, `.pt`, `.bin`, `.ckpt`, `.safetensors`), of a transformers folder, or of a run's folder.
 
     ValueError: not a file of the three layouts, damaged, or one that would need code to be read.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
+        last = path / "checkpoints" / "last.ckpt"
+        return read(last) if last.is_file() else _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     content = _content(path)
@@ -116,7 +117,9 @@ def read(path: str | Path) -> Weights:
 def _read_folder(folder: Path) -> Weights:
     found = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
     if not found or not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: a transformers folder holds config.json and model.safetensors")
+        raise FileNotFoundError(
+            f"{folder}: neither a run's folder (checkpoints/last.ckpt) nor transformers' (config.json and model.safetensors)"
+        )
     weights = read(found[0])
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -139,7 +142,7 @@ def _content(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds more than tensors and plain values, refused unread: {error}") from error
-    except (RuntimeError, EOFError, OSError, SafetensorError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, SafetensorError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: damaged or not a checkpoint: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")

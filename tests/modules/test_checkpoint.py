@@ -320,7 +320,7 @@ def test_damaged_or_foreign_files_are_refused(tmp_path: Path):
         read(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         read(tmp_path / "none.pth")
-    with pytest.raises(FileNotFoundError, match=r"a transformers folder holds config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"neither a run.s folder .* nor transformers. \(config\.json"):
         read(tmp_path)
 
 
