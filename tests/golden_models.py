@@ -116,10 +116,10 @@ def _noisy(case: dict[str, Any]) -> set[str]:
 # pretrain -------------------------------------------------------------------------------------------------------------
 
 
-class Replay(PretrainTask):
-    """The training task with the folder's draws and alphas in place of its own."""
+class Replayed:
+    """A task with the folder's draws and alphas in place of its own; `seen` keeps what its last step contrasted."""
 
-    progress = 0.0  # the run's alpha is the step's progress: see `_task`
+    progress = 0.0  # the run's alpha is the step's progress: see `_replayed`
 
     def uniform(self, size: int) -> Tensor:
         return self.draws
@@ -129,7 +129,7 @@ class Replay(PretrainTask):
     def log_dict(self, *args: Any, **kwargs: Any) -> None: ...
 
     def contrast(self, image: Tensor, text: Tensor, momentum_image: Tensor, momentum_text: Tensor, *rest: Any) -> Any:
-        self.seen |= {
+        self.seen = {
             "image_feat": image,
             "text_feat": text,
             "image_feat_m": momentum_image,
@@ -138,16 +138,21 @@ class Replay(PretrainTask):
         return super().contrast(image, text, momentum_image, momentum_text, *rest)
 
 
-def _task(folder: Path, case: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Replay:
+class Pretraining(Replayed, PretrainTask): ...
+
+
+def _replayed(
+    kind: Any, folder: Path, case: dict[str, Any], weights: Weights, dtype: torch.dtype, **objectives: Any
+) -> Any:
+    """A `Replayed` task of this class with the case's sizes, queue and momentum, as released but for `objectives`."""
     hyper = case["hyper"]
     objectives = {
-        **{"keys": "local", "negatives": "local", "positives": "pair"},
-        **{"itc_weight": 1.0, "itm_weight": 1.0, "lm_weight": 1.0, "itm_start": 0.0, "queue_start": 0.0},
-        **{"alpha": 1.0, "alpha_start": 0.0, "alpha_end": 1.0},
-        **{"queue_size": hyper["queue_size"], "momentum": hyper["momentum"], "momentum_ramp": False},
-        **{"momentum_dropout": True, "negative_floor": 1e-4, "label_smoothing": 0.1},
+        **{"keys": "local", "negatives": "local", "itc_weight": 1.0, "itm_weight": 1.0, "queue_start": 0.0},
+        **{"alpha": 1.0, "alpha_start": 0.0, "alpha_end": 1.0, "queue_size": hyper["queue_size"]},
+        **{"momentum": hyper["momentum"], "momentum_ramp": False, "momentum_dropout": True},
+        **objectives,
     }
-    task = Replay(
+    task = kind(
         objectives,
         hyper["max_length"],
         model=nodes(_config(case, weights)),
@@ -168,7 +173,8 @@ def run_pretrain(
     inputs: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> None:
-    task = _task(folder, case, _weights(folder, tensors), dtype)
+    own = {"positives": "pair", "negative_floor": 1e-4, "lm_weight": 1.0, "itm_start": 0.0, "label_smoothing": 0.1}
+    task = _replayed(Pretraining, folder, case, _weights(folder, tensors), dtype, **own)
     hyper, model = case["hyper"], task.model
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=hyper["weight_decay"])
     lists: dict[str, list] = {"multinomial.indices": []}
@@ -183,7 +189,7 @@ def run_pretrain(
         packed, layout = _texts(ids, mask)
         picture_ids = torch.arange(size) + step * size
         batch = SimpleNamespace(image=image.to(dtype), input_ids=packed, layout=layout, image_ids=picture_ids)
-        task.progress, task.draws, task.seen = hyper["alpha_per_step"][step - 1], draws[step - 1], {}
+        task.progress, task.draws = hyper["alpha_per_step"][step - 1], draws[step - 1]
         made = _train(task, batch)
         gradients = _gradients(model)
         for group in optimizer.param_groups:
@@ -282,7 +288,7 @@ def recording(**functions: ModuleType) -> Iterator[dict[int, dict[str, list]]]:
 CONTRASTIVE = dict.fromkeys(("soft_targets", "itc_loss", "negative_weights", "draw", "itm_loss"), contrastive)
 
 
-def _train(task: Replay, batch: SimpleNamespace) -> dict[str, Tensor]:
+def _train(task: Pretraining, batch: SimpleNamespace) -> dict[str, Tensor]:
     """One training step with backward, and what passed between its functions."""
     states: list[Tensor] = []
     lm_states = task.model.lm_states

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip.modules.checkpoint import Weights, nodes
 from blip.modules.names import released_names
 from blip.tasks import contrastive
 from blip.tasks.retrieval import RetrievalTask
-from blip.text import Tokenizer
 from tests.golden_models import (
     CONTRASTIVE,
     USED,
+    Replayed,
     _after,
-    _config,
     _gradients,
     _ids,
     _leave_noise,
+    _replayed,
     _same_groups,
     _texts,
     _tied,
@@ -33,46 +32,7 @@ from tests.golden_models import (
 from tests.ranks import as_ranks
 
 
-class Replay(RetrievalTask):
-    """The task with the folder's draws and alphas in place of its own."""
-
-    progress = 0.0  # the run's alpha is the step's progress: see `_task`
-
-    def uniform(self, size: int) -> Tensor:
-        return self.draws
-
-    def log(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def log_dict(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def contrast(self, image: Tensor, text: Tensor, momentum_image: Tensor, momentum_text: Tensor, *rest: Any) -> Any:
-        self.features = {
-            "image_feat": image,
-            "text_feat": text,
-            "image_feat_m": momentum_image,
-            "text_feat_m": momentum_text,
-        }
-        return super().contrast(image, text, momentum_image, momentum_text, *rest)
-
-
-def _task(folder: Path, case: dict[str, Any], weights: Weights, dtype: torch.dtype, negatives: str) -> Replay:
-    hyper = case["hyper"]
-    objectives = {
-        **{"keys": "local", "negatives": negatives, "positives": "image", "itc_weight": 1.0, "itm_weight": 1.0},
-        **{"alpha": 1.0, "alpha_start": 0.0, "alpha_end": 1.0, "queue_size": hyper["queue_size"], "queue_start": 0.0},
-        **{"momentum": hyper["momentum"], "momentum_ramp": False, "momentum_dropout": True, "negative_floor": 0.0},
-    }
-    task = Replay(
-        objectives,
-        hyper["max_length"],
-        model=nodes(_config(case, weights)),
-        tokenizer=Tokenizer.load(folder / case["vocab_file"]).to_json(),
-        optimizer=lambda groups: torch.optim.AdamW(groups),
-        schedule=lambda *_: 1.0,
-        evaluators={},
-    ).to(dtype)
-    task.load_state_dict(weights.tensors)
-    return task.train()
+class Finetuning(Replayed, RetrievalTask): ...
 
 
 def run_retrieval(
@@ -101,7 +61,8 @@ def run_retrieval(
 
     def train(rank: int | None, negatives: str) -> dict[str, dict[str, Tensor]]:
         """All steps (of a rank): {"": what all ranks hold in common, "rank0.": what is its own}."""
-        task = _task(folder, case, weights, dtype, negatives)
+        own = {"negatives": negatives, "positives": "image", "negative_floor": 0.0}
+        task = _replayed(Finetuning, folder, case, weights, dtype, **own)
         common: dict[str, Tensor] = {}
         own: dict[str, Tensor] = {}
         if rank is None:
@@ -117,7 +78,7 @@ def run_retrieval(
             seen.clear()
             loss = task.training_step(rows, 0)
             loss.backward()
-            made = {**task.features, **contrasted(seen), "loss": loss}
+            made = {**task.seen, **contrasted(seen), "loss": loss}
             made["sim_targets"] = seen["match_targets"][0][1]
             gradients = _gradients(task.model)
             made |= _graded(gradients, case)
