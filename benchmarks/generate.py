@@ -11,12 +11,9 @@ keys and values, than reading the decoder's weights once a token at the memory's
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.loader import processor
-from benchmarks.pretrain_step import clock, row
+from benchmarks.pretrain_step import clock
+from benchmarks.report import begin, end, row
 from blip.modules.blip import BLIP
 from blip.modules.checkpoint import Weights, load, sizes
 from blip.modules.decoding import Decoding, noise
@@ -177,23 +174,14 @@ def main() -> None:
     dtype = torch.float32 if options.float32 else torch.bfloat16
     import transformers
 
-    on = f"{processor()}, {torch.get_num_threads()} threads"
-    head = {
-        "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else on,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
-        "data": f"{options.batch} random pictures of 384 px at once, {options.tokens} new tokens behind a prompt of 4, "
+    head = begin(
+        f"{options.batch} random pictures of 384 px at once, {options.tokens} new tokens behind a prompt of 4, "
         f"{dtype}, median of {options.repeats} turns",
-    }
-    for name, value in head.items():
-        print(f"{name}: {value}")
+        options.device,
+        transformers=transformers.__version__,
+    )
     rows = measure(options.batch, options.tokens, options.device, dtype, options.repeats, print)
-    print("\n| what | value | unit | beside | value | ratio |\n|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r['name']} | {r['value']} | {r['unit']} | {r['peer']} | {r['peer_value']} | {r['ratio']} |")
-    if options.json:
-        options.json.write_text(json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
+    end(head, rows, options.json)
 
 
 if __name__ == "__main__":

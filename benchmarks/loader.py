@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
-from datetime import date
 from pathlib import Path
 
 import cv2
@@ -26,6 +23,7 @@ import PIL.Image
 import simplejpeg
 import torch
 
+from benchmarks.report import begin, end
 from blip.datamodules.images import AugmentConfig, augment, decode, training_view
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -216,33 +214,16 @@ def main() -> None:
     np.random.seed(0)
     shapes = [decode(data).shape for data in files]
     megapixels = sum(height * width for height, width, _ in shapes) / len(shapes) / 1e6
-    head = {
-        "date": date.today().isoformat(),
-        "hardware": f"{processor()}, one core",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}, "
-        f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}, NumPy {np.__version__}",
-        "data": f"{len(files)} JPEG files, mean {sum(map(len, files)) / len(files) / 1024:.0f} KiB and {megapixels:.2f} megapixels, "
+    head = begin(
+        f"{len(files)} JPEG files, mean {sum(map(len, files)) / len(files) / 1024:.0f} KiB and {megapixels:.2f} megapixels, "
         f"to {options.size} px in batches of {options.batch}, median of {options.repeats} rounds",
-    }
-    result = {"head": head, "rows": rows(measure(files, options.size, options.repeats, options.batch))}
-    for name, value in head.items():
-        print(f"{name}: {value}")
-    print("\n| what | value | unit | beside | value | ratio |\n|---|---|---|---|---|---|")
-    for row in result["rows"]:
-        print(
-            f"| {row['name']} | {row['value']} | {row['unit']} | {row['peer']} | {row['peer_value']} | {row['ratio']} |"
-        )
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The processor's name as the kernel gives it, else the machine type."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        note=", of which one core is measured",
+        OpenCV=cv2.__version__,
+        Pillow=PIL.__version__,
+        simplejpeg=simplejpeg.__version__,
+        NumPy=np.__version__,
+    )
+    end(head, rows(measure(files, options.size, options.repeats, options.batch)), options.json)
 
 
 if __name__ == "__main__":

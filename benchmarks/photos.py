@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections import Counter
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks.loader import processor
-from benchmarks.pretrain_step import row
+from benchmarks.report import begin, end, row
 from blip.api import load
 from blip.cli import main as blip
 from blip.datamodules.files import find
@@ -96,14 +93,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     precision = "float32" if options.float32 else "bfloat16"
-    head = {
-        "date": date.today().isoformat(),
-        "hardware": f"{processor()}, {torch.get_num_threads()} threads; seconds are the processor's",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "data": f"base model, random weights, {options.size} px, {precision}, {options.batch} at once",
-    }
-    for name, value in head.items():
-        print(f"{name}: {value}")
+    head = begin(
+        f"base model, random weights, {options.size} px, {precision}, {options.batch} at once",
+        note="; seconds are the processor's",
+    )
     with tempfile.TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
@@ -123,10 +116,7 @@ def main() -> None:
             print(f"{count} {task}s for {photos} photos; the first: {json.dumps(lines(file)[0])[:300]}")
             rows.append(row(f"{task}s, loading included", seconds, "s a photo", "image encoder alone", alone))
             checkpoint.unlink()
-    for r in rows:
-        print(f"| {r['name']} | {r['value']} | {r['unit']} | {r['peer']} | {r['peer_value']} | {r['ratio']} |")
-    if options.json:
-        options.json.write_text(json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
+    end(head, rows, options.json)
 
 
 if __name__ == "__main__":

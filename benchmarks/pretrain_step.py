@@ -11,14 +11,11 @@ optimizer's step is left out of both. FLOPs are counted at batch 75 by torch ove
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from benchmarks.loader import processor
+from benchmarks.report import begin, end, row
 from blip.layout import TextLayout
 from blip.main import CONF
 from blip.modules.blip import BLIP
@@ -252,17 +249,6 @@ def count() -> tuple[list[dict], list[str]]:
     return rows, [f"| {name} | {value:.2f} |" for name, value in share.items()]
 
 
-def row(name: str, value: float, unit: str, peer: str, peer_value: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": round(value, 4),
-        "unit": unit,
-        "peer": peer,
-        "peer_value": round(peer_value, 4),
-        "ratio": round(value / peer_value, 4),
-    }
-
-
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     """FLOP/s of square matrix products, kept up for about so many seconds."""
     side = 2048 if device.type == "cpu" else 8192
@@ -333,24 +319,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     dtype = torch.float32 if options.float32 else torch.bfloat16
-    on = f"{processor()}, {torch.get_num_threads()} threads"
-    head = {
-        "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else on,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "data": f"random pictures of 224 px; counted at batch {COUNTED_BATCH}, timed at {options.batch} in {dtype}, "
+    head = begin(
+        f"random pictures of 224 px; counted at batch {COUNTED_BATCH}, timed at {options.batch} in {dtype}, "
         f"median of {options.repeats} turns",
-    }
-    for name, value in head.items():
-        print(f"{name}: {value}")
+        options.device,
+    )
     rows, parts = count()
     print("\n| part | GFLOP a pair, forward and backward |\n|---|---|", *parts, sep="\n")
     rows += measure(options.batch, options.device, dtype, options.repeats)
-    print("\n| what | value | unit | beside | value | ratio |\n|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r['name']} | {r['value']} | {r['unit']} | {r['peer']} | {r['peer_value']} | {r['ratio']} |")
-    if options.json:
-        options.json.write_text(json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
+    end(head, rows, options.json)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,16 @@ and 25,000 texts at k = 256 stands beside it.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.loader import processor
-from benchmarks.pretrain_step import LENGTHS, clock, lengths, row
+from benchmarks.pretrain_step import LENGTHS, clock, lengths
+from benchmarks.report import begin, end, row
 from blip.evaluators.retrieval import RetrievalEvaluator, Words
 from blip.evaluators.rows import Rows
 from blip.layout import TextLayout
@@ -137,23 +134,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    on = f"{processor()}, {torch.get_num_threads()} threads"
-    head = {
-        "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else on,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "data": f"states of {options.pictures} pictures of 384 px with {options.texts} captions of COCO's lengths each, "
+    head = begin(
+        f"states of {options.pictures} pictures of 384 px with {options.texts} captions of COCO's lengths each, "
         f"{dtype}, median of {options.repeats} turns",
-    }
-    for name, value in head.items():
-        print(f"{name}: {value}")
+        options.device,
+    )
     rows = arithmetic(base())
     rows += measure(options.pictures, options.texts, options.device, dtype, options.repeats)
-    print("\n| what | value | unit | beside | value | ratio |\n|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r['name']} | {r['value']} | {r['unit']} | {r['peer']} | {r['peer_value']} | {r['ratio']} |")
-    if options.json:
-        options.json.write_text(json.dumps({"head": head, "rows": rows}, indent=1) + "\n")
+    end(head, rows, options.json)
 
 
 if __name__ == "__main__":
