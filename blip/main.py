@@ -299,6 +299,7 @@ def execute(config: Path) -> None:
 
     # isort: split
     import lightning as L
+    import torch
     from hydra.utils import instantiate
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -351,6 +352,9 @@ def execute(config: Path) -> None:
     else:
         batches = trainer.predict(task, datamodule=datamodule)
         write_predictions(trainer, batches, folder / "predictions.jsonl")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter, which would abort
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()  # until all is written; it ends with lines of its own, and ours is the last
     if trainer.is_global_zero:
