@@ -46,5 +46,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) torchvision
-	@$(PIP) -e ".[dev,metrics,video]"
+	@$(PIP) -e ".[dev,metrics,video,slurm]"
 	@touch $@

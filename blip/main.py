@@ -310,6 +310,11 @@ def execute(config: Path) -> None:
     cfg = load(config)
     cfg.paths.run = str(folder)  # the folder may have been moved
     L.seed_everything(cfg.seed, workers=True, verbose=False)
+    for part in ("pipeline", "stage"):
+        if cfg.get(part):  # what a stage trains is said by the other groups
+            instantiate(cfg[part], _convert_="all").run(folder)
+            print(folder, flush=True)
+            return
 
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()

@@ -5,7 +5,7 @@
     val/, test/                                          held out: their contents occur in no other split
     reserved/                                            held out: each scene has a pair of colour and shape that
                                                          occurs nowhere else
-    tokenizer.json                                       WordPiece, trained from the captions
+    tokenizer.json                                       WordPiece, trained from the captions of human and of web's first shards
     world.json                                           seed, sizes, version: what the folder holds
 
 KEY.json is {"captions": [five texts; one on the web], "scene": {...}}, on the web also {"truth": bool, "kind": ...}.
@@ -58,6 +58,7 @@ def _write(folder: Path, seed: int, sizes: Mapping[str, int], processes: int) ->
         (folder / name).mkdir(parents=True)
     with ProcessPoolExecutor(processes, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
         jobs = [pool.submit(_write_shards, folder / split, seed, split, scenes[split]) for split in HELD_OUT]
+        read = []  # jobs whose texts the vocabulary is of: the same, and so the same model, however large the web
         for split in ("train", "web"):
             for things in (1, 2, 3):
                 total = (sizes[split] + 3 - things) // 3
@@ -65,7 +66,11 @@ def _write(folder: Path, seed: int, sizes: Mapping[str, int], processes: int) ->
                     path = folder / FOLDERS[split] / f"{things}-{shard:05d}.tar"
                     numbers = range(start, min(start + PAIRS_A_SHARD, total))
                     jobs.append(pool.submit(_write_training_shard, path, seed, split, things, numbers, held_out))
-        texts = [text for job in jobs for text in job.result()]
+                    if split == "train" or not shard:
+                        read.append(jobs[-1])
+        for job in jobs:
+            job.result()
+    texts = [text for job in read for text in job.result()]
     (folder / "tokenizer.json").write_text(train_vocabulary(texts).to_str(pretty=True))
 
 
@@ -81,7 +86,7 @@ def held_out_scenes(seed: int, sizes: Mapping[str, int]) -> dict[str, list[Scene
     return scenes
 
 
-def _write_shards(folder: Path, seed: int, split: str, scenes: list[Scene]) -> list[str]:
+def _write_shards(folder: Path, seed: int, split: str, scenes: list[Scene]) -> None:
     """The shards of a held-out split; none of its words goes into the vocabulary."""
 
     def pairs(numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -91,7 +96,6 @@ def _write_shards(folder: Path, seed: int, split: str, scenes: list[Scene]) -> l
 
     for shard, start in enumerate(range(0, len(scenes), PAIRS_A_SHARD)):
         write_tar(folder / f"{shard:05d}.tar", pairs(range(start, min(start + PAIRS_A_SHARD, len(scenes)))))
-    return []
 
 
 def _write_training_shard(

@@ -342,6 +342,13 @@ def test_words_of_the_grammar_are_whole_pieces_and_nothing_is_unknown(world: Pat
     assert max(len(tokenizer.encode(text).ids) for text in texts if "a" in text.split()) <= 30
 
 
+def test_a_larger_web_leaves_the_vocabulary_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "PAIRS_A_SHARD", 10)
+    small, large = (write_world(tmp_path / str(web), 3, SIZES | {"web": web}, processes=1) for web in (30, 120))
+    assert len(list((large / "web").iterdir())) > len(list((small / "web").iterdir()))
+    assert (small / "tokenizer.json").read_bytes() == (large / "tokenizer.json").read_bytes()
+
+
 def test_the_same_seed_gives_the_same_bytes_with_any_number_of_processes(world: Path, tmp_path: Path) -> None:
     again = write_world(tmp_path / "again", seed=3, sizes=SIZES, processes=1)
     paths = sorted(path.relative_to(world) for path in world.rglob("*") if path.is_file())
