@@ -257,7 +257,7 @@ def attribute_scores(references: Sequence[Sequence[str]], captions: Sequence[str
     counted: Counter[str] = Counter()  # slots of truth + slots of the caption
     for true, generated in zip(references, captions, strict=True):
         truth, said = caption_slots(true[0]), caption_slots(generated)
-        agree, slots = _agreement(truth, said), _slots(truth) + _slots(said)
+        agree, slots = agreeing_slots(truth, said), filled_slots(truth) + filled_slots(said)
         for sums, part in ((agreeing, agree), (counted, slots)):
             for name, number in part.items():
                 sums[f"attributes_{name}"] += number
@@ -268,13 +268,13 @@ def attribute_scores(references: Sequence[Sequence[str]], captions: Sequence[str
     return {name: 200.0 * agreeing[name] / counted[name] for name in order if counted[name]}
 
 
-def _slots(said: Description) -> Counter[str]:
+def filled_slots(said: Description) -> Counter[str]:
     """How many slots of each kind a description fills."""
     filled = Counter(kind for thing in said.things for kind in SLOTS if getattr(thing, kind) is not None)
     return filled + Counter(relation=len(said.relations), background=int(said.background is not None))
 
 
-def _agreement(truth: Description, said: Description) -> Counter[str]:
+def agreeing_slots(truth: Description, said: Description) -> Counter[str]:
     """Agreeing slots of each kind under the matching of things that makes most of them agree."""
     implied = _implied(truth)
     background = Counter(background=int(truth.background is not None and truth.background == said.background))

@@ -4,4 +4,5 @@ captions   BLEU, ROUGE-L, CIDEr-D, METEOR and SPICE as COCO's evaluation has the
 ptb        the words of a caption as that evaluation sees them
 vqa        VQA's accuracy with its normalisation of answers, and the file for its test server
 ranking    VisDial: MRR, R@k, mean rank, NDCG
+rates      shares, F1 and areas under the ROC curve with their intervals
 """

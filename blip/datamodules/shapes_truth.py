@@ -1,0 +1,64 @@
+"""What is true of a text beside a picture of the embedded world: the judgement that a filter is measured against.
+
+The web's own texts bear theirs (`KEY.json` says `truth` and `kind`). Any other text, a synthetic caption above all, is read and held
+against the scene: it is true if it says all that a caption of the world says and nothing that is not so, in whatever words, an
+attribute F1 of 100 (`shapes_language.attribute_scores`). So a fragment is noise wherever it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from blip.datamodules.shapes_language import KINDS, agreeing_slots, caption_slots, filled_slots
+from blip.datamodules.shapes_scenes import Description, Thing
+
+TRUE = "true"
+INCOMPLETE, NOTHING, THINGS, SEVERAL = "incomplete", "nothing said", "things", "several"
+DEVIATIONS = (*KINDS, THINGS, SEVERAL, INCOMPLETE, NOTHING)
+
+
+def truth(record: Mapping[str, Any], source: str, text: str) -> tuple[bool, str] | None:
+    """(whether the text is true of its picture, kind) of a text of the record `KEY.json`; None for a record that holds no scene.
+
+    The kind is TRUE; of the web's own noise the one that the record bears (`shapes_language.NOISE`), of other texts a deviation.
+    """
+    scene = described(record)
+    if scene is None:
+        return None
+    recorded, kind = record.get("truth"), record.get("kind")
+    if source == "web" and isinstance(recorded, bool) and isinstance(kind, str):
+        return recorded, kind
+    kind = deviation(scene, text)
+    return kind == TRUE, kind
+
+
+def described(record: Mapping[str, Any]) -> Description | None:
+    """What the picture of a record shows, None where the record holds no scene of the embedded world."""
+    try:
+        scene = record["scene"]
+        things = tuple(Thing(*(str(thing[slot]) for slot in Thing._fields)) for thing in scene["objects"])
+        relations = tuple((number, str(relation), number + 1) for number, relation in enumerate(scene["relations"]))
+        if not things or len(relations) != len(things) - 1:
+            return None
+        return Description(things, relations, str(scene["background"]))
+    except (KeyError, TypeError):  # strangers' records may have a "scene" of their own
+        return None
+
+
+def deviation(scene: Description, text: str) -> str:
+    """TRUE, or in what a text departs from the scene: one of DEVIATIONS.
+
+    incomplete: all that it says is so, but not all is said; things: it tells of more or fewer of them; one of KINDS: slots of that
+    kind alone are wrong; several: of several kinds.
+    """
+    said = caption_slots(text)
+    agreeing, stated, shown = agreeing_slots(scene, said), filled_slots(said), filled_slots(scene)
+    if not stated.total():
+        return NOTHING
+    if agreeing.total() == stated.total():
+        return TRUE if stated.total() == shown.total() else INCOMPLETE
+    if len(said.things) != len(scene.things):
+        return THINGS
+    wrong = [kind for kind in KINDS if agreeing[kind] < max(stated[kind], shown[kind])]
+    return wrong[0] if len(wrong) == 1 else SEVERAL
