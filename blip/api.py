@@ -36,6 +36,7 @@ from blip.modules.blip import BLIP
 from blip.modules.checkpoint import Weights, read, sizes
 from blip.modules.checkpoint import load as fill
 from blip.modules.generation import Decoding, generate, noise
+from blip.modules.matching import match
 from blip.modules.names import part
 from blip.modules.vit import normalize
 from blip.modules.vqa import VQA, Candidates, rank
@@ -143,6 +144,13 @@ class Model:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @cached_property
+    def identity(self) -> str:
+        """A digest of all that decides what it says of a picture but decoding: weights, vocabulary, limits of texts, precision."""
+        limits = [str(self._said(f"data.{name}")) for name in ("max_words", "max_tokens")]
+        told = "\n".join([self.fingerprint, self.precision, *limits, self.tokenizer.to_json()])
+        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+
     # what it says of pictures -----------------------------------------------------------------------------------------
 
     def caption(
@@ -154,25 +162,30 @@ class Model:
         what to change of the run's own decoding (else the paper's, `PAPER`): strategy (greedy, beam, nucleus), beams, top_p,
         samples, max_length, min_length ... as in `blip.modules.generation.Decoding`. Sampling draws from seed and picture.
         """
-        self._needs("text decoder", no=VQA)
-        how = self.decoding(**decoding)
-        begun = self.prompt if prompt is None else prompt
-        ids = [self.tokenizer.dec_id, *(self.tokenizer.encode([begun], how.max_length)[0][1:-1] if begun else [])]
+        how, begun = self.decoding(**decoding), self.prompt if prompt is None else prompt
 
-        def write(image: Tensor, pixels: list[np.ndarray]) -> list[Any]:
-            cross = self.network.med.look(self.network.visual_encoder(image), decoder=True)
+        def say(pixels: list[np.ndarray]) -> list[Any]:
+            said = self.write(pixels, [_seed(seed, each) for each in pixels], begun, how)
+            return said if how.samples > 1 else [first for (first,) in said]
+
+        return self._each(pictures, say)
+
+    def write(
+        self, pixels: Sequence[np.ndarray], seeds: Sequence[int], prompt: str, how: Decoding
+    ) -> list[list[Caption]]:
+        """`how.samples` captions of each picture, which are [S, S, 3] uint8 as `pixels` gives them; sampling draws from its seed."""
+        self.needs("text decoder", no=VQA)
+        tokenizer = self.tokenizer
+        ids = [tokenizer.dec_id, *(tokenizer.encode([prompt], how.max_length)[0][1:-1] if prompt else [])]
+        with self._quietly():
+            cross = self.network.med.look(self._states(pixels), decoder=True)
             uniform = None
             if how.strategy == "nucleus":
-                uniform = noise([_seed(seed, p) for p in pixels], how.samples, how.max_length - len(ids)).to(
-                    self.device
-                )
-            texts = generate(self.network.med, cross, ids, how, self.tokenizer.sep_id, self.tokenizer.pad_id, uniform)
-            rows = zip(texts.ids.tolist(), texts.log_probs.tolist(), texts.written.tolist(), strict=True)
-            said = [self._caption(row[len(ids) :], log_probs[:count]) for row, log_probs, count in rows]
-            n = how.samples
-            return said if n == 1 else [said[i : i + n] for i in range(0, len(said), n)]
-
-        return self._each(pictures, write)
+                uniform = noise(seeds, how.samples, how.max_length - len(ids)).to(self.device)
+            texts = generate(self.network.med, cross, ids, how, tokenizer.sep_id, tokenizer.pad_id, uniform)
+        rows = zip(texts.ids.tolist(), texts.log_probs.tolist(), texts.written.tolist(), strict=True)
+        said = [self._caption(row[len(ids) :], log_probs[:count]) for row, log_probs, count in rows]
+        return [said[i : i + how.samples] for i in range(0, len(said), how.samples)]
 
     def answer(
         self,
@@ -202,14 +215,14 @@ class Model:
         if choices is not None:
             candidates = Candidates.of(tokenizer.encode(list(choices), network.config.med.positions), self.device)
 
-        def say(image: Tensor, _: list[np.ndarray]) -> list[Any]:
-            asked = lists if own else lists * image.shape[0]
-            if len(asked) != image.shape[0]:
-                raise ValueError(f"{len(asked)} lists of questions for {image.shape[0]} pictures: one for each")
+        def say(pixels: list[np.ndarray]) -> list[Any]:
+            asked = lists if own else lists * len(pixels)
+            if len(asked) != len(pixels):
+                raise ValueError(f"{len(asked)} lists of questions for {len(pixels)} pictures: one for each")
             texts = [text for each in asked for text in each]
             ids, layout = self._tokens(texts, clean_question, MAX_QUESTION_WORDS)
             row = torch.tensor([n for n, each in enumerate(asked) for _ in each], device=self.device)
-            looked = network.ask(ids, layout, network.med.look(network.visual_encoder(image)), row)
+            looked = network.ask(ids, layout, network.med.look(self._states(pixels)), row)
             if candidates is None:
                 told = generate(network.med, looked, [tokenizer.dec_id], how, tokenizer.sep_id, tokenizer.pad_id)
                 rows = zip(told.ids.tolist(), told.log_probs.sum(1).tolist(), strict=True)
@@ -225,47 +238,48 @@ class Model:
 
     def match(self, pictures: Picture | Sequence[Picture], texts: str | Sequence[str]) -> Any:
         """A `Match` of each picture with each text: for one text one, for a list of texts a list."""
-        self._needs("ITM head", "ITC projections")
         wanted = [texts] if isinstance(texts, str) else list(texts)
         if not wanted:
             raise ValueError("match: no text is given")
-        ids, layout = self._tokens(wanted)
-        lengths = layout.mask.sum(1).tolist()
 
-        def judge(image: Tensor, _: list[np.ndarray]) -> list[Any]:
-            network, count = self.network, image.shape[0]
-            states = network.visual_encoder(image)
-            cosine = network.image_features(states) @ network.text_features(ids, layout).T  # [B, R]
-            cross = network.med.look(states)
-            logits, at, together = [], 0, max(1, TEXTS_AT_ONCE // count)
-            for start in range(0, len(wanted), together):
-                some = lengths[start : start + together]
-                part_of_ids = ids[at : (at := at + sum(some))]
-                # the texts of a picture fold into one row of queries
-                beside = TextLayout.from_lengths(some * count).to(self.device)
-                logits.append(network.itm_logits(part_of_ids.repeat(count), beside, cross).unflatten(0, (count, -1)))
-            probability = torch.cat(logits, dim=1).softmax(-1)[..., 1]  # [B, R]
-            found = [
-                [Match(p, c) for p, c in zip(row_p, row_c, strict=True)]
-                for row_p, row_c in zip(probability.tolist(), cosine.tolist(), strict=True)
-            ]
+        def say(pixels: list[np.ndarray]) -> list[Any]:
+            found = self.score(pixels, [wanted] * len(pixels))
             return [row[0] for row in found] if isinstance(texts, str) else found
 
-        return self._each(pictures, judge)
+        return self._each(pictures, say)
+
+    def score(
+        self, pixels: Sequence[np.ndarray], texts: Sequence[Sequence[str]], at_once: int = TEXTS_AT_ONCE
+    ) -> list[list[Match]]:
+        """A `Match` of each picture, [S, S, 3] uint8 as `pixels` gives them, with each of its own texts, which may be none.
+
+        at_once: how many texts go through the model together at most.
+        """
+        self.needs("ITM head", "ITC projections")
+        if len(texts) != len(pixels):
+            raise ValueError(f"{len(texts)} lists of texts for {len(pixels)} pictures: one for each")
+        row = [n for n, each in enumerate(texts) for _ in each]
+        if not row:
+            return [[] for _ in texts]
+        ids = self._encode([text for each in texts for text in each])
+        with self._quietly():
+            found = match(self.network, self._states(pixels), ids, row, at_once)
+        told = (Match(*each) for each in zip(*(x.tolist() for x in found), strict=True))
+        return [[next(told) for _ in each] for each in texts]
 
     def embed(self, pictures: Picture | Sequence[Picture]) -> np.ndarray:
         """Unit vectors in the common space, [E] of a picture, [B, E] of a list, float32; their products are ITC's cosines."""
-        self._needs("ITC projections")
+        self.needs("ITC projections")
 
-        def features(image: Tensor, _: list[np.ndarray]) -> list[np.ndarray]:
-            return list(self.network.image_features(self.network.visual_encoder(image)).cpu().numpy())
+        def features(pixels: list[np.ndarray]) -> list[np.ndarray]:
+            return list(self.network.image_features(self._states(pixels)).cpu().numpy())
 
         found = self._each(pictures, features)
         return np.stack(found) if isinstance(found, list) else found
 
     def embed_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """The same of texts: [E] of one, [R, E] of a list."""
-        self._needs("ITC projections")
+        self.needs("ITC projections")
         ids, layout = self._tokens([texts] if isinstance(texts, str) else list(texts))
         with self._quietly():
             found = self.network.text_features(ids, layout).cpu().numpy()
@@ -284,6 +298,13 @@ class Model:
         """The run's own decoding, else the paper's, with what is given changed. ValueError for a name or value that is none."""
         return _decoding(self._said("task.evaluators.caption.decoding") or PAPER, changed)
 
+    def needs(self, *parts: str, no: type | None = None) -> None:
+        """ValueError that names the parts which the checkpoint lacks."""
+        if lacking := [words for words in parts if words not in self.parts]:
+            raise ValueError(f"{self.path} has no {', no '.join(lacking)}, which this needs")
+        if no is not None and isinstance(self.network, no):
+            raise ValueError(f"{self.path} answers questions: its decoder looks at questions, not at pictures")
+
     # inside -----------------------------------------------------------------------------------------------------------
 
     def _said(self, key: str) -> Any:
@@ -291,28 +312,26 @@ class Model:
         value = OmegaConf.select(self.config, key)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
-    def _needs(self, *parts: str, no: type | None = None) -> None:
-        if lacking := [words for words in parts if words not in self.parts]:
-            raise ValueError(f"{self.path} has no {', no '.join(lacking)}, which this needs")
-        if no is not None and isinstance(self.network, no):
-            raise ValueError(f"{self.path} answers questions: its decoder looks at questions, not at pictures")
-
     def _quietly(self) -> AbstractContextManager[Any]:
         stack = ExitStack()
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"))
         return stack
 
-    def _each(self, pictures: Picture | Sequence[Picture], say: Callable[[Tensor, list[np.ndarray]], list[Any]]) -> Any:
-        """Runs `say` over normalised images [B, 3, S, S] and gives one picture's result alone."""
+    def _each(self, pictures: Picture | Sequence[Picture], say: Callable[[list[np.ndarray]], list[Any]]) -> Any:
+        """Runs `say` over the pixels of all pictures and gives one picture's result alone."""
         several = not isinstance(pictures, (str, bytes, PathLike, PIL.Image.Image, np.ndarray))
         pixels = [self.pixels(picture) for picture in (pictures if several else [pictures])]  # type: ignore
         if not pixels:
             return []
         with self._quietly():
-            image = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, S, S] uint8
-            found = say(normalize(image.to(self.device)), pixels)
+            found = say(pixels)
         return found if several else found[0]
+
+    def _states(self, pixels: Sequence[np.ndarray]) -> Tensor:
+        """What texts look at: [B, N, D] of pictures [S, S, 3] uint8."""
+        image = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, S, S] uint8
+        return self.network.visual_encoder(normalize(image.to(self.device)))
 
     def pixels(self, picture: Picture | Place) -> np.ndarray:
         """A picture as the model sees it: the whole of it as a square, [S, S, 3] uint8. ValueError names what is none."""
@@ -336,10 +355,15 @@ class Model:
     def _tokens(
         self, texts: list[str], clean: Callable[[str, int], str] = clean_caption, max_words: int = MAX_WORDS
     ) -> tuple[Tensor, TextLayout]:
-        words, tokens = self._said("data.max_words") or max_words, self._said("data.max_tokens") or MAX_TOKENS
-        ids = self.tokenizer.encode([clean(text, words) for text in texts], tokens)
+        ids = self._encode(texts, clean, max_words)
         packed = torch.tensor([i for text in ids for i in text], device=self.device)
         return packed, TextLayout.from_lengths([len(text) for text in ids]).to(self.device)
+
+    def _encode(
+        self, texts: list[str], clean: Callable[[str, int], str] = clean_caption, max_words: int = MAX_WORDS
+    ) -> list[list[int]]:
+        words, tokens = self._said("data.max_words") or max_words, self._said("data.max_tokens") or MAX_TOKENS
+        return self.tokenizer.encode([clean(text, words) for text in texts], tokens)
 
     def _caption(self, ids: list[int], log_probs: list[float]) -> Caption:
         total = sum(log_probs)
