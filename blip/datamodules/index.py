@@ -8,6 +8,7 @@ file beside the shards, or in the cache where they are read-only, and is opened 
     shard_starts [S+1]  running sum of records, one a shard
     text_starts  [P+1]  running sum of entries, one a record: row r of the data is (record, entry number)
     keys                the keys as one blob with offsets
+    texts               only in the index of a view (`views.py`): the texts themselves, which then are not read from the shards
     names, sizes, times, digests [S]   of the shards, names relative to the folder that holds them all
 
 A shard that is damaged stops the making (`BrokenShardsError` names every one); a record that lacks a member, has no text or does
@@ -35,7 +36,7 @@ import numpy as np
 from filelock import FileLock
 
 from blip.datamodules.index_file import note_time, read, write
-from blip.datamodules.locations import cache_folder, common_root, expand, is_url, shown
+from blip.datamodules.locations import cache_folder, common_root, expand, is_url, shown, writable
 from blip.datamodules.records import PAIRS, Kind, kind_of
 from blip.datamodules.remote import Shard, digest_of, fetch_file
 from blip.datamodules.scan import Scan, scan
@@ -111,6 +112,7 @@ class Index:
                 f"{path}: a digest that is none, and digests name files of the cache; do not use this index"
             )
         self._keys, self._key_starts = arrays["keys"], arrays["key_starts"]
+        self._texts = arrays.get("texts")
         # one buffer, not a list: reference counts of a list's strings would copy its pages into every worker
         self.locations = np.array([os.fsencode(s) for s in shards])
         _, names = common_root(shards)
@@ -128,11 +130,21 @@ class Index:
         return int(self.text_starts[-1])
 
     def places(self, picture: int) -> tuple[int, list[tuple[int, int]], bool]:
-        """(number of the shard, places of the pictures and last of the text, (offset, length) each, whether that is JSON)."""
+        """(number of the shard, places of the pictures and last of the text, (offset, length) each, whether that is JSON).
+
+        An index that holds the texts itself (`text`) gives the places of the pictures alone.
+        """
         row = self.pictures[picture]
         at, size = np.atleast_1d(row["image_at"]).tolist(), np.atleast_1d(row["image_size"]).tolist()
-        text = (int(row["text_at"]), int(row["text_size"]))
-        return int(self.shard_of(picture)), [*zip(at, size, strict=True), text], bool(row["json"])
+        text = [(int(row["text_at"]), int(row["text_size"]))] if self._texts is None else []
+        return int(self.shard_of(picture)), [*zip(at, size, strict=True), *text], bool(row["json"])
+
+    def text(self, picture: int) -> bytes | None:
+        """The member that holds the texts of a record where it lies in the index itself, None where it lies in its shard."""
+        if self._texts is None:
+            return None
+        row = self.pictures[picture]
+        return self._texts[int(row["text_at"]) : int(row["text_at"]) + int(row["text_size"])].tobytes()
 
     def shard(self, shard: int) -> Shard:
         return Shard(self.location(shard), int(self.sizes[shard]), self.digests[shard].decode())
@@ -144,8 +156,11 @@ class Index:
         return os.fsdecode(self.names[shard])
 
     def key(self, picture: int) -> str:
+        return self.key_bytes(picture).decode(errors="replace")
+
+    def key_bytes(self, picture: int) -> bytes:
         start, end = self._key_starts[picture : picture + 2]
-        return self._keys[int(start) : int(end)].tobytes().decode(errors="replace")
+        return self._keys[int(start) : int(end)].tobytes()
 
     def full_name(self, picture: int) -> str:
         """ "shard: key", by which a person finds the pair."""
@@ -164,22 +179,24 @@ class Index:
 
     def check_files(self) -> None:
         """ValueError where a local shard is gone, has another size, or another time and other bytes."""
-        for shard, (size, time) in enumerate(zip(self.sizes.tolist(), self.times.tolist(), strict=True)):
-            location = self.location(shard)
-            if is_url(location):
-                return  # the size is checked with every answer of the server
-            try:
-                now = os.stat(location)
-            except FileNotFoundError:
-                raise ValueError(f"{location}: the shard is gone since its index was made ({self.path})") from None
-            if now.st_size != size:
-                raise ValueError(
-                    f"{location}: {now.st_size} bytes, {size} when its index was made; {_again(self.path)}"
-                )
-            if now.st_mtime_ns != time:
-                if digest_of(location) != self.digests[shard].decode():
-                    raise ValueError(f"{location}: its bytes changed since its index was made; {_again(self.path)}")
-                note_time(self.path, shard, now.st_mtime_ns)
+        for shard in range(len(self.names)):
+            self.check_file(shard)
+
+    def check_file(self, shard: int) -> None:
+        """The same of one shard."""
+        location, size = self.location(shard), int(self.sizes[shard])
+        if is_url(location):
+            return  # the size is checked with every answer of the server
+        try:
+            now = os.stat(location)
+        except FileNotFoundError:
+            raise ValueError(f"{location}: the shard is gone since its index was made ({self.path})") from None
+        if now.st_size != size:
+            raise ValueError(f"{location}: {now.st_size} bytes, {size} when its index was made; {_again(self.path)}")
+        if now.st_mtime_ns != self.times[shard]:
+            if digest_of(location) != self.digests[shard].decode():
+                raise ValueError(f"{location}: its bytes changed since its index was made; {_again(self.path)}")
+            note_time(self.path, shard, now.st_mtime_ns)
 
 
 def _again(path: Path) -> str:
@@ -296,10 +313,8 @@ def _places(root: str, names: Sequence[str], records: str, url: str = "") -> lis
     if is_url(root):
         return [cached]
     folder = Path(root)
-    # the mode is asked too, since os.access tells the superuser that everything can be written
-    writable = os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222
     beside = folder / index_name(names, records)
-    return [beside, cached] if writable else [cached, beside]
+    return [beside, cached] if writable(folder) else [cached, beside]
 
 
 def open_index(
@@ -308,17 +323,19 @@ def open_index(
     verify: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
     records: str = PAIRS.name,
+    check: bool = True,
 ) -> Index:
     """Opens the index of these records in these shards; of local ones it is made first where it is missing, under a lock.
 
     `index` is a file (or the URL of one) made with `build_index`, for shards that lie elsewhere; without it the index of
-    URLs is looked for beside them under `index_name`. Raises ValueError when shards changed since, or none is found.
+    URLs is looked for beside them under `index_name`. Raises ValueError when shards changed since, or none is found. `check`
+    false: who takes shards one by one asks `check_file` of each.
     """
     locations = expand(shards)
     root, names = common_root(locations)
     if index is not None and not is_url(str(index)):
         opened = _of_kind(Index(Path(index), locations), records)
-        for shard, size in enumerate(opened.sizes.tolist()):
+        for shard, size in enumerate(opened.sizes.tolist() if check else []):
             if not is_url(root) and os.stat(locations[shard]).st_size != size:
                 raise ValueError(f"{locations[shard]}: not the {size} bytes that {index} was made of")
         return opened
@@ -334,7 +351,8 @@ def open_index(
                     return build_index(shards, places[0], verify, progress, 0, records)
         found = places[0]
     opened = _of_kind(Index(found, locations), records)
-    opened.check_files()
+    if check:
+        opened.check_files()
     return opened
 
 

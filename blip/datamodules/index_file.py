@@ -20,8 +20,9 @@ def fingerprint(arrays: dict[str, np.ndarray], records: str) -> str:
     digest = hashlib.blake2b(MAGIC, digest_size=16)
     if records != PAIRS.name:  # which are what an index was of before it could be of anything else
         digest.update(records.encode())
-    for name in ("names", "digests", "shard_starts", "text_starts", "pictures", "key_starts", "keys"):
-        digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
+    for name in ("names", "digests", "shard_starts", "text_starts", "pictures", "key_starts", "keys", "texts"):
+        if name in arrays:  # texts are in the index of a view alone
+            digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -42,7 +43,7 @@ def write(path: Path, arrays: dict[str, np.ndarray], report: dict[str, Any]) -> 
             file.write(MAGIC + len(head).to_bytes(8, "little") + head)
             file.write(b"\0" * (-file.tell() % 64))
             for array in arrays.values():
-                file.write(array.tobytes())
+                file.write(np.ascontiguousarray(array).view(np.uint8).data)  # as it lies: of a mapped file page by page
                 file.write(b"\0" * (-array.nbytes % 64))
             file.flush()
             os.fsync(file.fileno())

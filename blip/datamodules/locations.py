@@ -26,6 +26,11 @@ def cache_folder() -> Path:
     )
 
 
+def writable(folder: Path) -> bool:
+    """Whether something may be made in a folder. Its mode is asked too: to the superuser os.access allows everything."""
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
+
+
 def expand(shards: str | Path | Sequence[str | Path]) -> list[str]:
     """Locations of shards, from paths, brace and glob patterns and URLs, in the order given (globs sorted)."""
     locations: list[str] = []

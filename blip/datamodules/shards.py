@@ -87,9 +87,12 @@ def texts_in(index: Index) -> Iterator[str]:
     """What is written in every entry of an index in the order of its rows; the pictures are not read."""
     reader = Reader()
     for start in range(0, len(index.pictures), TEXTS_AT_ONCE):
-        places = [index.places(n) for n in range(start, min(start + TEXTS_AT_ONCE, len(index.pictures)))]
-        spans = [Span(index.shard(shard), parts[-1]) for shard, parts, _ in places]
-        for (_, _, is_json), (text,) in zip(places, reader.read(spans), strict=True):
+        numbers = range(start, min(start + TEXTS_AT_ONCE, len(index.pictures)))
+        places = [index.places(n) for n in numbers]
+        held = [text for n in numbers if (text := index.text(n)) is not None]
+        spans = [] if held else [Span(index.shard(shard), parts[-1]) for shard, parts, _ in places]
+        texts = held or [text for (text,) in reader.read(spans)]
+        for (_, _, is_json), text in zip(places, texts, strict=True):
             yield from map(index.kind.text, entries_of(text, is_json, index.kind)[0])
 
 
@@ -108,8 +111,12 @@ class _Records:
             Span(self.indexes[source].shard(shard), *parts)
             for (source, _), (shard, parts, _) in zip(where, places, strict=True)
         ]
-        read = self.reader.read(spans)
-        return [([*images], text, kind) for (*images, text), (_, _, kind) in zip(read, places, strict=True)]
+        records = []
+        for (source, record), read, (_, _, is_json) in zip(where, self.reader.read(spans), places, strict=True):
+            held = self.indexes[source].text(record)
+            *images, text = read if held is None else (*read, held)
+            records.append((images, text, is_json))
+        return records
 
     def name(self, source: int, record: int) -> str:
         return self.indexes[source].full_name(record)

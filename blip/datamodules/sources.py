@@ -14,8 +14,8 @@ from blip.datamodules.locations import expand
 from blip.datamodules.plan import Phase, Source
 from blip.datamodules.records import OF_CLIPS, PAIRS, Kind
 
-SOURCE_KEYS = {"name", "shards", "index", "weight", "epochs", "part_of_epoch", "phases"}
-SET_KEYS = {"shards", "index"}
+SOURCE_KEYS = {"name", "shards", "index", "view", "weight", "epochs", "part_of_epoch", "phases"}
+SET_KEYS = {"shards", "index", "view"}
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +44,22 @@ def _checked(spec: Mapping[str, Any], where: str, known: set[str]) -> dict[str, 
         raise ValueError(f"{where}: unknown {sorted(unknown)}; it may say {sorted(known)}")
     if not spec.get("shards") and not spec.get("phases"):
         raise ValueError(f"{where}: `shards` is missing")
+    if spec.get("view"):
+        from blip.datamodules.views import View
+
+        return {**spec, "view": View.of(spec["view"])}
     return dict(spec)
 
 
 def index_of(spec: Mapping[str, Any], kind: Kind) -> Index:
-    """The index of a source or set, made where it is missing; a source with phases is indexed as one."""
+    """The index of a source or set, made where it is missing; a source with phases is indexed as one, a view as what it keeps."""
     kind = OF_CLIPS[kind.name] if spec.get("frames") is not None else kind
-    return open_index(_all_shards(spec), spec.get("index"), progress=_tell, records=kind.name)
+    index = open_index(_all_shards(spec), spec.get("index"), progress=_tell, records=kind.name)
+    if not spec.get("view"):
+        return index
+    from blip.datamodules.views import view_index
+
+    return view_index(index, spec["view"])
 
 
 def part(source: Mapping[str, Any], index: Index, entries: str, number: int) -> Source:

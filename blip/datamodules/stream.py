@@ -63,8 +63,9 @@ class StreamDataModule(pl.LightningDataModule):
     A kind of records is a subclass that says `kind`, gives a `collator`, and where it differs `entries` and `shown`.
 
     sources: of training, each {name, shards, and optionally: index (a file made elsewhere); epochs (default 1) or weight;
-        part_of_epoch (0.2: a fifth each epoch, in rotation); phases [{until, shards}] (shares of the run, easy ones first)}
-    val, test: name -> {shards, index; frames: of clips (KEY.mp4), of each of which so many are seen}; the set "main" comes first
+        part_of_epoch (0.2: a fifth each epoch, in rotation); phases [{until, shards}] (shares of the run, easy ones first);
+        view (of pairs: which of their texts and synthetic ones, the options of `views.View`)}
+    val, test: name -> {shards, index, view; frames: of clips (KEY.mp4), of each of which so many are seen}; the set "main" comes first
     tokenizer: file or folder; vocab_size: of the model, where it differs
     max_words, max_tokens: kept of a text, its tokens with [CLS] and [SEP]
     augment: options of AugmentConfig but its size; None only resizes
