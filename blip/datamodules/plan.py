@@ -127,6 +127,8 @@ class Plan:
             raise ValueError(f"source {source.name} has phases, shares of a run: say how long it is (data.total_pairs)")
         if ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1:
             raise ValueError(f"source {source.name}: phases must rise to `until: 1.0`, not {ends}")
+        if empty := [phase.until for phase in source.phases if not source.counts[list(phase.shards)].sum()]:
+            raise ValueError(f"source {source.name}: there is nothing in the shards of the phases until {empty}")
         ordinals = self.total_pairs * self.pairs_by_source[i] / self.pairs
         firsts = [0, *(round(end * ordinals) for end in ends[:-1])]
         return [(first, np.array(phase.shards)) for first, phase in zip(firsts, source.phases, strict=True)]

@@ -122,7 +122,7 @@ def decide(table: pa.Table, view: View) -> np.ndarray:
     What the control of Table 12 takes in place of these rows is `kept_rows`' matter.
     """
     mask = _asked(table, view)
-    mask[mask] = _highest(_scores(table, view)[mask], view)
+    mask[mask] = _highest(combined_scores(table, view)[mask], view)
     return mask
 
 
@@ -141,7 +141,7 @@ def _bools(found: pa.ChunkedArray) -> np.ndarray:
     return found.to_numpy(zero_copy_only=False).astype(bool) if len(found) else np.zeros(0, bool)
 
 
-def _scores(table: pa.Table, view: View) -> np.ndarray:
+def combined_scores(table: pa.Table, view: View) -> np.ndarray:
     """The score of each row, [R] float32; what has none comes last."""
     if missing := set(view.scores) - set(table.column_names):
         raise ValueError(f"no score {sorted(missing)} in the records; their columns are {table.column_names}")
@@ -190,7 +190,7 @@ def kept_rows(view: View, names: Sequence[str], columns: Iterable[str] = ()) -> 
     scores, own = [], 0
     for name in names:
         table = read_records(view, name)
-        scores.append(_scores(table, view)[_asked(table, view)])
+        scores.append(combined_scores(table, view)[_asked(table, view)])
         own += int(_own(table).sum())
     kept = _highest(np.concatenate(scores), view)
     del scores
@@ -252,126 +252,119 @@ def read_records(view: View, name: str, columns: Iterable[str] = ()) -> pa.Table
 def view_index(index: Index, view: View) -> Index:
     """The index of the same shards with the texts that the view keeps; a picture that keeps none has no record.
 
-    Made once, beside the records or where these are read-only in the cache, under a lock. ValueError where the records are of
-    another input, where shards have none yet, or nothing is kept.
+    Made once, beside the records or in the cache where these are read-only, under a lock. Its fingerprint is that of the rows and
+    texts it holds. ValueError where the records are of another input, where shards have none yet, or nothing is kept.
     """
     if index.kind is not PAIRS:
         raise ValueError(f"{index.path}: a view is of pairs of pictures and texts, not of {index.kind.name}")
-    locations = [index.location(shard) for shard in range(len(index.names))]
-    name = f"{_key(index, view)}.index"
-    beside, cached = view.folders[0] / "views" / name, cache_folder() / "indexes" / f"view-{name}"
-    places = [beside, cached] if writable(view.folders[0]) else [cached, beside]
+    name, folder = f"{stamp(index, view)}.index", view.folders[0]
+    beside, cached = folder / "views" / name, cache_folder() / "indexes" / f"view-{name}"
+    places = [beside, cached] if writable(folder) else [cached, beside]
     found = next((place for place in places if place.is_file()), places[0])
-    found.parent.mkdir(parents=True, exist_ok=True)
     if not found.is_file():
+        found.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{found}.lock"):
             if not found.is_file():
                 _make(index, view, found)
-    return Index(found, locations)
+    return Index(found, [index.location(shard) for shard in range(len(index.names))])
 
 
-def check_records(index: Index, view: View) -> None:
-    """ValueError where the records are not of this index or not of all its shards."""
+def stamp(index: Index, view: View) -> str:
+    """Names a view of this index: digest of input, rule, and the files of records as they are now.
+
+    ValueError where the records are not of this index, or not of all its shards.
+    """
+    digest = hashlib.blake2b(json.dumps([index.fingerprint, view.rule]).encode(), digest_size=16)
+    names = names_of(index)
     for folder in view.folders:
         described = folder / "description.json"
         if not described.is_file():
             raise ValueError(
-                f"{folder}: no records there (description.json is missing); give the folder of a filter pass"
+                f"{folder}: no records there (description.json is missing); name the folder of a filter pass"
             )
-        made_of = json.loads(described.read_text(encoding="utf-8")).get("input")
-        if made_of != index.fingerprint:
+        of = json.loads(described.read_text(encoding="utf-8")).get("input")
+        if of != index.fingerprint:
             raise ValueError(
-                f"{folder}: records of another input (index {made_of}) than these shards ({index.fingerprint}, {index.path}): give "
-                "the shards that the pass was given, in its order, or run it over these"
+                f"{folder}: records of another input (index {of}) than these shards (index {index.fingerprint}, {index.path}); give "
+                "the shards that the pass was given, in its order, or run the pass over these"
             )
-        names = [index.name(shard) for shard in range(len(index.names))]
-        missing = [name for name in names if not record_file(folder, name).is_file()]
-        if missing:
+        if missing := [name for name in names if not record_file(folder, name).is_file()]:
             raise ValueError(
                 f"{folder}: {len(missing)} of {len(names)} shards have no records yet, first {missing[0]}; run the pass to its end"
             )
-
-
-def _key(index: Index, view: View) -> str:
-    """Names the index of a view: input, rule, and the files of records as they are."""
-    check_records(index, view)
-    digest = hashlib.blake2b(json.dumps([index.fingerprint, view.rule]).encode(), digest_size=16)
-    for folder in view.folders:
-        for shard in range(len(index.names)):
-            about = os.stat(record_file(folder, index.name(shard)))
+        for about in (os.stat(record_file(folder, name)) for name in names):
             digest.update(f"{about.st_size} {about.st_mtime_ns} ".encode())
     return digest.hexdigest()
 
 
+def names_of(index: Index) -> list[str]:
+    """The names of its shards, by which records are found."""
+    return [index.name(shard) for shard in range(len(index.names))]
+
+
+def by_record(table: pa.Table, times: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, list[slice]]:
+    """What is kept of a shard of `count` records: (records that keep a text [n], rows of the table [R], slice of these for each)."""
+    numbers = table["record"].to_numpy()
+    if len(numbers) and (numbers[0] < 0 or numbers[-1] >= count or (np.diff(numbers) < 0).any()):
+        raise ValueError(
+            f"records {numbers[0]} to {numbers[-1]} do not follow the {count} of the shard's index one by one"
+        )
+    rows = np.repeat(np.arange(len(numbers)), times)
+    records, starts = np.unique(numbers[rows], return_index=True)
+    return records, rows, [slice(*ends) for ends in pairwise([*starts.tolist(), len(rows)])]
+
+
 def _make(index: Index, view: View, target: Path) -> None:
-    names = [index.name(shard) for shard in range(len(index.names))]
-    numbers, byte = np.dtype("<i8"), np.dtype("u1")
-    kinds = {
-        "pictures": index.pictures.dtype,
-        "text_starts": numbers,
-        "keys": byte,
-        "key_starts": numbers,
-        "texts": byte,
-    }
-    ends = Counter[str]()  # of what was written so far: pictures, entries, bytes of keys and of texts
+    """Writes the index of a view. At 100M texts its arrays are larger than memory: they grow in files and are mapped from there."""
+    number, byte = np.dtype("<i8"), np.dtype("u1")
+    kinds = {"pictures": index.pictures.dtype, "text_starts": number, "keys": byte, "key_starts": number, "texts": byte}
+    pictures, entries, key_bytes, text_bytes = 0, 0, 0, 0  # written so far
     shard_starts, dropped = [0], Counter[str]()
     with ExitStack() as stack:
-        # files without a name, mapped once they are whole: at 100M texts these arrays are larger than memory
-        spools = {kind: stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for kind in kinds}
+        grown = {name: stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for name in kinds}
         for starts in ("text_starts", "key_starts"):
-            spools[starts].write(bytes(8))
-        for shard, (table, times) in enumerate(kept_rows(view, names)):
+            grown[starts].write(bytes(8))
+        for shard, (table, times) in enumerate(kept_rows(view, names_of(index))):
             first, end = index.shard_starts[shard : shard + 2].tolist()
-            records, texts = _joined(table, times, end - first, names[shard])
+            records, kept, slices = by_record(table, times, end - first)
+            texts = table["text"].take(pa.array(kept)).to_pylist()
+            blobs = [_encode({"captions": texts[of_record]}).encode() for of_record in slices]
             keys = [index.key_bytes(first + record) for record in records.tolist()]
-            blobs = [_encode({"captions": each}).encode() for each in texts]
-            rows = index.pictures[first + records]
-            sizes = np.array([len(blob) for blob in blobs], np.int64)
-            rows["text_at"], rows["text_size"], rows["json"] = ends["texts"] + np.cumsum(sizes) - sizes, sizes, 1
-            spools["pictures"].write(rows.tobytes())
-            spools["keys"].write(b"".join(keys))
-            spools["texts"].write(b"".join(blobs))
-            for starts, lengths in (("text_starts", map(len, texts)), ("key_starts", map(len, keys))):
-                spools[starts].write((ends[starts] + np.cumsum(np.fromiter(lengths, np.int64, len(keys)))).tobytes())
-            ends.update(
-                pictures=len(rows),
-                texts=int(sizes.sum()),
-                text_starts=int(times.sum()),
-                key_starts=sum(map(len, keys)),
+            text_ends, key_ends = (
+                np.cumsum([*map(len, blobs)], dtype=number),
+                np.cumsum([*map(len, keys)], dtype=number),
             )
-            shard_starts.append(ends["pictures"])
-            dropped["picture without a text"] += end - first - len(rows)
-            left = table["source"].filter(pa.array(times == 0))
-            dropped.update({f"{each['values']} text": each["counts"] for each in left.value_counts().to_pylist()})
-        if not ends["pictures"]:
-            raise ValueError(f"{view.folders[0]}: the view keeps no text of {len(names)} shards ({view.rule})")
-        for spool in spools.values():
-            spool.flush()
-        arrays: dict[str, np.ndarray] = {
-            name: np.memmap(spools[name], dtype=kind, mode="r") for name, kind in kinds.items()
-        }
-        arrays |= {"shard_starts": np.array(shard_starts, "<i8"), "names": index.names, "digests": index.digests}
+            rows = index.pictures[first + records]
+            rows["text_size"] = np.diff(text_ends, prepend=0)
+            rows["text_at"], rows["json"] = text_bytes + text_ends - rows["text_size"], 1
+            grown["pictures"].write(rows.tobytes())
+            grown["texts"].write(b"".join(blobs))
+            grown["text_starts"].write((entries + np.array([each.stop for each in slices], number)).tobytes())
+            grown["keys"].write(b"".join(keys))
+            grown["key_starts"].write((key_bytes + key_ends).tobytes())
+            pictures, entries = pictures + len(rows), entries + len(kept)
+            key_bytes, text_bytes = key_bytes + sum(map(len, keys)), text_bytes + sum(map(len, blobs))
+            shard_starts.append(pictures)
+            dropped["pictures without a kept text"] += end - first - len(rows)
+            for source in table["source"].filter(pa.array(times == 0)).value_counts().to_pylist():
+                dropped[f"{source['values']} texts not kept"] += source["counts"]
+        if not pictures:
+            raise ValueError(f"{view.folders[0]}: the view {view.rule} keeps no text of its {len(index.names)} shards")
+        arrays: dict[str, np.ndarray] = {}
+        for name, kind in kinds.items():
+            grown[name].flush()
+            arrays[name] = np.memmap(grown[name], kind, "r")
+        arrays |= {"shard_starts": np.array(shard_starts, number), "names": index.names, "digests": index.digests}
         arrays |= {"sizes": index.sizes, "times": index.times}
+        reasons = {reason: count for reason, count in dropped.most_common() if count}
         report = Report(
-            shards=len(names),
-            pictures=ends["pictures"],
-            texts=ends["text_starts"],
+            shards=len(index.names),
+            pictures=pictures,
+            texts=entries,
             bytes=index.report.bytes,
             verified=index.report.verified,
-            skipped={reason: count for reason, count in dropped.most_common() if count},
-            skipped_names={reason: [] for reason in dropped},
+            skipped=reasons,
+            skipped_names={reason: [] for reason in reasons},
             notes=[f"a view of {index.path.name}: {json.dumps(view.rule)}"],
         )
         write(target, arrays, asdict(report))
-
-
-def _joined(table: pa.Table, times: np.ndarray, count: int, name: str) -> tuple[np.ndarray, list[list[str]]]:
-    """(numbers of the records that keep a text [n], the kept texts of each)."""
-    numbers = table["record"].to_numpy()
-    if len(numbers) and (numbers[0] < 0 or numbers[-1] >= count or (np.diff(numbers) < 0).any()):
-        raise ValueError(f"{name}: its records do not follow the {count} pictures of the index one by one")
-    rows = np.repeat(np.arange(len(numbers)), times)
-    texts = table["text"].take(pa.array(rows)).to_pylist()
-    records, starts = np.unique(numbers[rows], return_index=True)
-    bounds = [*starts.tolist(), len(rows)]
-    return records, [texts[a:b] for a, b in pairwise(bounds)]
