@@ -10,6 +10,11 @@ The first three import no torch, so that help and mistakes are answered at once,
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes time to import
+    from blip import signals
+
+    signals.listen()
+
 import contextlib
 import difflib
 import importlib.metadata
@@ -18,7 +23,6 @@ import logging
 import os
 import platform
 import re
-import signal
 import subprocess
 import sys
 import traceback
@@ -39,6 +43,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from blip import signals
+
 PACKAGE = Path(__file__).resolve().parent
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 MODES = ("fit", "validate", "test", "predict")
@@ -50,11 +56,13 @@ QUIET = (
     "Total length of `list` across ranks is zero",  # no validation set
     "custom batch sampler",
     "smaller than the logging interval",
+    "The `srun` command is available",  # who starts a run without it means to
 )
 # What a run that is continued may change; with data.allow_other_data=true its data, too.
 MAY_CHANGE = (
     *("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start", "expected"),
     *("data.num_workers", "data.prefetch", "data.allow_other_data"),
+    *("stage.num_workers", "stage.device"),
 )
 
 
@@ -64,6 +72,8 @@ def main() -> None:
         run(Path(arguments[0]))
         return
     flags = get_args_parser().parse_args(arguments)
+    if flags.multirun:  # this process is none of the runs
+        signals.release()
     resume = [text for text in flags.overrides if text.startswith("resume=")]
     try:
         if resume:
@@ -92,7 +102,7 @@ def job(cfg: DictConfig) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        subprocess.run(command(folder), env=environment(), check=True)
+        signals.carry_out(command(folder), environment())
     else:
         decided.append(folder)
 
@@ -183,6 +193,8 @@ def load(path: Path) -> DictConfig:
 
 def refuse_changes(before: Any, after: Any, folder: Path) -> None:
     """ValueError with the list of what differs, except where a continued run may differ."""
+    if before.get("pipeline") and after.get("pipeline"):
+        return  # its steps see to it, each for itself
     old, new = (dict(leaves(OmegaConf.to_container(c, resolve=False))) for c in (before, after))
     free = tuple(f"{key}." for key in may_change(after))
     other = [
@@ -299,8 +311,8 @@ def execute(config: Path) -> None:
 
     # isort: split
     import lightning as L
-    import torch
     from hydra.utils import instantiate
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -320,8 +332,11 @@ def execute(config: Path) -> None:
     datamodule.prepare_data()
     task = instantiate(cfg.task, tokenizer=datamodule.tokenizer.to_json(), _convert_="all")
     task.config_yaml = OmegaConf.to_yaml(cfg, resolve=True)
+    # callbacks.preemption has the job queued again
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer = instantiate(
         cfg.trainer,
+        plugins=[*(instantiate(node, _convert_="all") for node in cfg.trainer.plugins or ()), *slurm],
         callbacks=[instantiate(node, _convert_="all") for node in (cfg.callbacks or {}).values() if node],
         logger=[instantiate(node, _convert_="all") for node in (cfg.logger or {}).values() if node],
         default_root_dir=str(folder),
@@ -341,10 +356,16 @@ def execute(config: Path) -> None:
             logging.getLogger(__name__).info("run folder: %s (%s)", folder, told)
         try:
             trainer.fit(task, datamodule=datamodule, ckpt_path=last if last.exists() else None, weights_only=True)
-        except SystemExit:  # how Lightning ends a run that got SIGTERM
-            kept = f"what is done until then is in {last}" if last.exists() else "no checkpoint was due yet"
-            print(f"stopped at step {trainer.global_step}; {kept}; go on with resume={folder}", flush=True)
-            sys.exit(128 + signal.SIGTERM)
+        except signals.Stop as stop:
+            signals.ignore()  # it ends already
+            close_logs()
+            if trainer.is_global_zero:
+                queued = signals.requeue() if stop.number in signals.WARNINGS else None
+                kept = f"what is done until then is in {last}" if last.exists() else "no checkpoint was due yet"
+                then = queued or f"go on with resume={folder}"
+                print(f"stopped at step {trainer.global_step}; {kept}; {then}", flush=True)
+            part_ranks()  # none ends before the job is queued again
+            raise
         best = folder / "checkpoints" / "best.ckpt"
         if best.exists():
             task.load_weights(best)
@@ -357,13 +378,25 @@ def execute(config: Path) -> None:
     else:
         batches = trainer.predict(task, datamodule=datamodule)
         write_predictions(trainer, batches, folder / "predictions.jsonl")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter, which would abort
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()  # until all is written; it ends with lines of its own, and ours is the last
+    part_ranks()
+    close_logs()
     if trainer.is_global_zero:
         print(folder, flush=True)
+
+
+def part_ranks() -> None:
+    """Waits for the other ranks and leaves them: threads of gloo may not outlive the interpreter, which would abort."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def close_logs() -> None:
+    """Until all is written; W&B ends with lines of its own, and ours are the last."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 def load_weights(task: Any, cfg: DictConfig, last: Path) -> list[Any]:

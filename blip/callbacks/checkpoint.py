@@ -44,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoint(L.Callback):
-    """Saves `folder`/last.ckpt every `every_steps` optimizer steps, at the end of training, and when the run is told to stop.
+    """Saves `folder`/last.ckpt every `every_steps` optimizer steps and at the end of training.
 
     Where a validation follows the step, it is saved after it: a run that goes on from the file lacks no validation.
     """
@@ -70,13 +70,11 @@ class Checkpoint(L.Callback):
         last = self.step == trainer.max_steps or (
             loop.epoch_loop._num_ready_batches_reached() and trainer.current_epoch + 1 == trainer.max_epochs
         )
-        # Of several ranks each may be told at another step, and a checkpoint needs them all at one.
-        stopped = trainer.received_sigterm and trainer.world_size == 1
-        if not (last or stopped or self.step % self.every_steps == 0):
+        if not (last or self.step % self.every_steps == 0):
             return
         assert loop._data_fetcher is not None
         validated = bool(trainer.datamodule.val_names)  # type: ignore[attr-defined]
-        self.waiting = validated and not stopped and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self.waiting = validated and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         if not self.waiting:
             self.save(trainer)
 

@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
+from blip import signals
 from blip.datamodules.batches import RecordBatch, Sample, Words
 from blip.datamodules.images import AugmentConfig
 from blip.datamodules.index import Index
@@ -52,7 +53,9 @@ class _Watched(DataLoader):
         """Nothing to load."""
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
+    """One thread; deaf to what Slurm tells every process of a job, for the run needs its batches until it has saved."""
+    signals.hold()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
@@ -264,7 +267,7 @@ class StreamDataModule(pl.LightningDataModule):
         }
         if self.num_workers:
             prefetch = fitting_prefetch(self.prefetch, self.num_workers, pictures * 3 * self.image_size**2)
-            options |= {"persistent_workers": True, "prefetch_factor": prefetch, "worker_init_fn": _one_thread}
+            options |= {"persistent_workers": True, "prefetch_factor": prefetch, "worker_init_fn": _begin_worker}
         return options
 
     def _count(self, batch: RecordBatch) -> None:
