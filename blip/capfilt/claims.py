@@ -67,6 +67,9 @@ class Claims:
 
     def _lock(self, shard: int) -> bool:
         """Whether the shard is this process's now: locked, and still not done."""
+        if path_of(self.folder, self.names[shard]).is_file():
+            return False
+        self.work.mkdir(parents=True, exist_ok=True)  # who finished the last shard has taken it away
         descriptor = os.open(self.work / f"{shard:06d}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(

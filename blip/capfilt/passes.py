@@ -24,24 +24,21 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from blip.capfilt import records
+from blip.capfilt import manifest, records
 from blip.capfilt.claims import Claims
-from blip.capfilt.records import SYNTHETIC, WEB
-from blip.datamodules.images import decode, resize_square
+from blip.capfilt.pictures import Batch, Pictures, loader
+from blip.capfilt.records import HUMAN, SYNTHETIC, WEB
 from blip.datamodules.index import Index, open_index
-from blip.datamodules.records import entries_of
-from blip.datamodules.shards import Reader, Span
+from blip.datamodules.sources import tell_indexing
 
 SECONDS = 10.0  # between two lines of progress
-NAMED = 20  # broken pictures named for each reason
 CAPTION = [name for name, _ in records.TEXT]
 
 log = logging.getLogger(__name__)
@@ -83,8 +80,8 @@ class Pass:
             raise ValueError("nothing to do: name a captioner (stage.captioners) or a scorer (stage.scorers)")
         if self.synthetic and not self.scorers:
             raise ValueError("stage.synthetic names texts to score, and there is no scorer")
-        if source not in (WEB, records.HUMAN):
-            raise ValueError(f"source={source!r}: the shards' own texts are {WEB} or {records.HUMAN}")
+        if source not in (WEB, HUMAN):
+            raise ValueError(f"source={source!r}: the shards' own texts are {WEB} or {HUMAN}")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: at least 1")
         self.source, self.batch_size, self.seed = source, batch_size, seed
@@ -92,31 +89,38 @@ class Pass:
         self.cache_bytes = None if cache_gb is None else int(cache_gb * 2**30)
 
     def run(self, folder: Path) -> None:
-        """Does all shards that no other process does. ValueError names the shards that could not be read, all others are done."""
+        """Does all shards that no other process does. ValueError names those that cannot be read, when all others are done."""
         self.folder = Path(self.out) if self.out is not None else folder
-        self.index = open_index(self.shards, self.index_path, progress=_tell_indexing, check=False)
+        self.index = open_index(self.shards, self.index_path, progress=tell_indexing, check=False)
         self.names = [self.index.name(shard) for shard in range(len(self.index.names))]
         device = self.device or _own_device()
         self.captioners = {name: _on(device, node) for name, node in self.captioners.items()}
         self.scorers = {name: _on(device, node) for name, node in self.scorers.items()}
-        self.scores = [records.column(name, score) for name, made in self.scorers.items() for score in made.columns]
-        self.models = json.dumps({name: scorer.fingerprint for name, scorer in self.scorers.items()})
-        self.described = self._describe()
-        claims = Claims(self.folder, self.names, self.worker + int(os.environ.get("SLURM_PROCID", 0)))
+        self.scores = [records.column(name, score) for name, scorer in self.scorers.items() for score in scorer.columns]
+        self.scored_by = json.dumps({name: scorer.fingerprint for name, scorer in self.scorers.items()})
+        self.description = self._describe()
+        claims = Claims(self.folder, self.names, self.worker + _rank())
         try:
             broken = self._go_through(claims)
-            left = len(self.names) - len(claims.done())
         finally:
             claims.close()
         if broken:
             listed = "\n".join(f"  {name}: {why}" for name, why in broken.items())
             raise ValueError(
-                f"{len(broken)} shard(s) cannot be read, all others are done or in work; fetch them anew and start again:\n{listed}"
+                f"{len(broken)} shard(s) cannot be read; fetch them anew and start again, what is done stays:\n{listed}"
             )
-        if left:
-            log.info("%d shards are in the hands of other processes, the last of which writes manifest.json", left)
-        else:
-            self._write_manifest()
+        if left := len(self.names) - len(claims.done()):
+            log.info(
+                "%s: %d shards are in the hands of other processes; the last writes manifest.json", self.folder, left
+            )
+            return
+        told = manifest.sum_up(self.folder, self.names, self.description, self.index.report.skipped)
+        log.info(
+            "%s: %s texts of %s pictures, %d broken; %.0f pictures/s a process, %.0f %% of the time waiting for data",
+            *(self.folder, f"{sum(told['rows'].values()):,}", f"{told['pictures']:,}"),
+            *(sum(each["count"] for each in told["broken"].values()), told["pictures_per_s"] or 0.0),
+            100 * (told["waited_for_data"] or 0.0),
+        )
 
     # the shards one after the other
 
@@ -139,19 +143,12 @@ class Pass:
                     if shard in claims.held:  # else it was given up
                         yield list(range(first, min(first + self.batch_size, end)))
 
-        sizes = {model.image_size for model in [*self.captioners.values(), *self.scorers.values()]}
-        loader: DataLoader = DataLoader(
-            Pictures(self.index, sizes, self.cache_bytes),
-            batch_sampler=batches(),  # type: ignore[arg-type]  # any iterable of keys
-            collate_fn=_as_it_is,  # type: ignore[arg-type]  # the pictures come as a batch
-            num_workers=self.num_workers,
-            prefetch_factor=self.prefetch if self.num_workers else None,
-            worker_init_fn=_one_thread,
-        )
+        sizes = [model.image_size for model in (*self.captioners.values(), *self.scorers.values())]
+        pictures = Pictures(self.index, sizes, self.cache_bytes)
         progress = Progress(self.index, claims)
         work: Done | None = None
         asked = time.monotonic()
-        for batch in loader:
+        for batch in loader(pictures, batches(), self.num_workers, self.prefetch, self.batch_size):
             came = time.monotonic()
             if batch.shard not in claims.held:
                 continue
@@ -161,13 +158,15 @@ class Pass:
                 continue
             if work is None or work.shard != batch.shard:
                 work = Done(batch.shard, synthetic=self._written_before(batch.shard))
-            self._add(batch, work)
+            if batch.records:
+                self._add(batch, work)
+            work.broken += [(self.index.key(record), reason) for record, reason in batch.broken]
             work.waited += came - asked
             work.seconds += time.monotonic() - asked
-            asked = time.monotonic()
             if batch.end == self.index.shard_starts[batch.shard + 1]:
                 self._finish(work, claims)
             progress.tell(batch, work)
+            asked = time.monotonic()
         return broken
 
     def _add(self, batch: Batch, work: Done) -> None:
@@ -197,9 +196,8 @@ class Pass:
             columns = [records.column(scorer, score) for score in model.columns]
             for of_picture, scores in zip(rows, model.score(pixels[model.image_size], to_score), strict=True):
                 for row, score in zip(of_picture, scores, strict=True):
-                    row.update(zip(columns, score, strict=True), scorers=self.models)
+                    row.update(zip(columns, score, strict=True), scorers=self.scored_by)
         work.rows += [row for of_picture in rows for row in of_picture]
-        work.broken += [(self.index.key(record), reason) for record, reason in batch.broken]
         work.pictures += len(batch.records)
 
     def _written_before(self, shard: int) -> dict[int, list[dict[str, Any]]]:
@@ -217,16 +215,15 @@ class Pass:
         shard, name = work.shard, self.names[work.shard]
         columns = records.schema(self.scores).names
         start, end = self.index.shard_starts[shard : shard + 2]
-        texts_in = (
-            {self.source: int(self.index.text_starts[end] - self.index.text_starts[start])} if self.scorers else {}
-        )
+        own_texts = int(self.index.text_starts[end] - self.index.text_starts[start])
+        texts_in = {self.source: own_texts} if self.scorers else {}
         if self.synthetic:
             texts_in[SYNTHETIC] = sum(map(len, work.synthetic.values()))
         sources = [row["source"] for row in work.rows]
         about = {
             "shard": records.text_of(name),
             "digest": self.index.digests[shard].decode(),
-            "description": self.described["hash"],
+            "description": self.description,
             "pictures": work.pictures,
             "broken": work.broken,
             "in": texts_in,
@@ -235,114 +232,43 @@ class Pass:
             "waited": round(work.waited, 3),
         }
         rows = {column: [row[column] for row in work.rows] for column in columns}
-        records.write(records.path_of(self.folder, name), rows, self.scores, about, claims.partial(shard))
+        path = records.path_of(self.folder, name)
+        try:
+            records.write(path, rows, self.scores, about, claims.partial(shard))
+        except (
+            FileNotFoundError
+        ):  # where there are no locks another process may have done all, and taken the partial file away
+            if not path.is_file():
+                raise
         claims.release(shard)
 
-    # what is beside the records
-
-    def _describe(self) -> dict[str, Any]:
-        """Writes description.json, or ValueError where the folder has one that says otherwise."""
-        before = [_described(folder) for folder in self.synthetic]
+    def _describe(self) -> str:
+        """Says what decides the records in description.json, or ValueError where the folder is of something else."""
+        before = [manifest.description(folder) for folder in self.synthetic]
         for folder, other in zip(self.synthetic, before, strict=True):
-            if not (folder / "manifest.json").is_file():
+            if not manifest.complete(folder):
                 raise ValueError(f"{folder}: its records are not complete; run that stage to its end first")
             if other["input"] != self.index.fingerprint:
-                raise ValueError(f"{folder}: written for other shards ({other['shards'][:1]} ...) than {self.shards}")
-        captioners = [*self.captioners, *(name for other in before for name in other["captioners"])]
-        if twice := {name for name in captioners if captioners.count(name) > 1}:
-            raise ValueError(f"two captioners are called {', '.join(sorted(twice))}: give one another name")
-        decides: dict[str, Any] = {
+                raise ValueError(f"{folder}: texts for other shards ({other['shards'][0]} ...) than {self.shards}")
+        names = [*self.captioners, *(name for other in before for name in other["captioners"])]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two captioners are called {', '.join(twice)}; give one another name")
+        decides = {
             "input": self.index.fingerprint,
             "source": self.source,
-            "captioners": {
-                name: {"model": model.fingerprint, "decoding": model.decoding}
-                for name, model in self.captioners.items()
-            },
+            "captioners": {n: {"model": c.fingerprint, "decoding": c.decoding} for n, c in self.captioners.items()},
             "synthetic": [other["hash"] for other in before],
-            "scorers": {
-                name: {"model": model.fingerprint, "columns": list(model.columns)}
-                for name, model in self.scorers.items()
-            },
-            "seed": self.seed,
+            "scorers": {n: {"model": s.fingerprint, "columns": s.columns} for n, s in self.scorers.items()},
+            "seed": self.seed if self.captioners else None,  # no other pass draws anything
             "batch_size": self.batch_size,
             "columns": records.schema(self.scores).names,
         }
-        decides = json.loads(json.dumps(decides))
-        told = json.dumps(decides, sort_keys=True).encode()
-        described = {"hash": hashlib.blake2b(told, digest_size=16).hexdigest(), **decides}
-        described |= {"shards": [self.index.location(shard) for shard in range(len(self.names))]}
-        described |= {"index": self.index_path, "synthetic_folders": [str(f.resolve()) for f in self.synthetic]}
-        path = self.folder / "description.json"
-        if not path.is_file():
-            _create(path, json.dumps(described, indent=2))
-        there = _described(self.folder)
-        if there["hash"] != described["hash"]:
-            differ = [
-                f"  {key}: {there.get(key)} there, {decides[key]} now"
-                for key in decides
-                if there.get(key) != decides[key]
-            ]
-            raise ValueError(
-                f"{self.folder} holds records of another pass; name another folder (stage.out, hydra.run.dir):\n"
-                + "\n".join(differ)
-            )
-        return described
-
-    def _write_manifest(self) -> None:
-        """Sums up all shards; the same whoever writes it, but for times where a shard was done twice."""
-        shards = {name: records.about(records.path_of(self.folder, name)) for name in self.names}
-        if other := [name for name, about in shards.items() if about["description"] != self.described["hash"]]:
-            raise ValueError(
-                f"{self.folder}: records of another pass lie there ({other[0]} ...); take them away and start again"
-            )
-        broken: dict[str, list[str]] = {}
-        for name, about in shards.items():
-            for key, reason in about["broken"]:
-                broken.setdefault(reason, []).append(f"{name}: {key}")
-
-        def total(what: str) -> dict[str, int]:
-            sources = sorted({source for about in shards.values() for source in about[what]})
-            return {source: sum(about[what].get(source, 0) for about in shards.values()) for source in sources}
-
-        pictures, seconds, waited = (sum(a[key] for a in shards.values()) for key in ("pictures", "seconds", "waited"))
-        manifest = {
-            "description": self.described["hash"],
-            "pictures": pictures,
-            "in": total("in"),
-            "rows": total("rows"),
-            "broken": {
-                reason: {"count": len(names), "first": names[:NAMED]} for reason, names in sorted(broken.items())
-            },
-            "left_out_by_the_index": self.index.report.skipped,
-            "seconds": round(seconds, 3),  # of all workers together
-            "pictures_per_s": round(pictures / seconds, 3) if seconds else None,  # of one worker
-            "waited_for_data": round(waited / seconds, 4) if seconds else None,
-            "shards": {
-                name: {key: about[key] for key in ("pictures", "rows", "seconds")} for name, about in shards.items()
-            },
+        places = {
+            "shards": [self.index.location(shard) for shard in range(len(self.names))],
+            "index": self.index_path,
+            "synthetic_folders": [str(folder.resolve()) for folder in self.synthetic],
         }
-        path = self.folder / "manifest.json"
-        records.replace(
-            path, json.dumps(manifest, indent=2).encode(), path.with_name(f"manifest.{records.own_name()}.partial")
-        )
-        log.info(
-            "%s: %s texts of %s pictures (%s left out as broken), %.1f pictures/s a worker, %.0f %% of the time waiting for data",
-            *(self.folder, f"{sum(manifest['rows'].values()):,}", f"{pictures:,}", sum(map(len, broken.values()))),
-            *(manifest["pictures_per_s"] or 0.0, 100 * (manifest["waited_for_data"] or 0.0)),
-        )
-
-
-@dataclass
-class Batch:
-    """Pictures of one shard: those that decoded, [B, S, S, 3] uint8 for each size, their texts, and which are broken and why."""
-
-    shard: int
-    end: int  # the record behind its last
-    records: list[int] = field(default_factory=list)
-    pixels: dict[int, Tensor] = field(default_factory=dict)
-    texts: list[list[str]] = field(default_factory=list)
-    broken: list[tuple[int, str]] = field(default_factory=list)
-    wrong: str = ""  # why the shard cannot be read
+        return manifest.describe(self.folder, decides, places)
 
 
 @dataclass
@@ -358,65 +284,29 @@ class Done:
     waited: float = 0.0  # of these, for the loader
 
 
-class Pictures(Dataset):
-    """Records by number; each picture is read and decoded once and resized for each of `sizes`."""
-
-    def __init__(self, index: Index, sizes: set[int], cache_bytes: int | None) -> None:
-        self.index, self.sizes, self.reader = index, sorted(sizes), Reader(cache_bytes)
-
-    def __getitems__(self, numbers: Sequence[int]) -> Batch:
-        places = [self.index.places(number) for number in numbers]
-        batch = Batch(places[0][0], numbers[-1] + 1)
-        views: dict[int, list[Tensor]] = {size: [] for size in self.sizes}
-        try:
-            read = self.reader.read([Span(self.index.shard(shard), *parts) for shard, parts, _ in places])
-        except (OSError, ValueError) as error:
-            batch.wrong = str(error)
-            return batch
-        for number, (data, text), (_, _, is_json) in zip(numbers, read, places, strict=True):
-            try:
-                texts, image = entries_of(text, is_json, self.index.kind)[0], decode(data)
-            except ValueError as error:  # an ImageError is one with a reason
-                batch.broken.append((number, getattr(error, "reason", str(error))))
-                continue
-            batch.records.append(number)
-            batch.texts.append(texts)
-            for size in self.sizes:
-                views[size].append(torch.from_numpy(resize_square(image, size)))
-        batch.pixels = {size: torch.stack(images) for size, images in views.items() if images}
-        return batch
-
-
 class Progress:
     """A line of the log now and then: pictures of all processes together, this one's rate, time left."""
 
     def __init__(self, index: Index, claims: Claims) -> None:
-        self.index, self.claims = index, claims
-        self.counts = (index.shard_starts[1:] - index.shard_starts[:-1]).tolist()
+        self.counts, self.claims = (index.shard_starts[1:] - index.shard_starts[:-1]).tolist(), claims
         self.began = self.shown = time.monotonic()
-        self.before = self._there()
-        self.pictures = 0
+        self.before, self.pictures = self._finished(), 0
 
-    def _there(self) -> int:
+    def _finished(self) -> int:
         return sum(self.counts[shard] for shard in self.claims.done())
 
     def tell(self, batch: Batch, work: Done) -> None:
-        now = time.monotonic()
         self.pictures += len(batch.records)
+        now = time.monotonic()
         if now - self.shown < SECONDS:
             return
-        self.shown = now
-        done, total = self._there() + (work.pictures if batch.shard in self.claims.held else 0), sum(self.counts)
-        rate, all_rates = self.pictures / (now - self.began), (done - self.before) / (now - self.began)
-        left = f"{(total - done) / all_rates / 60:.0f} min left" if all_rates > 0 else ""
-        log.info(
-            "%s of %s pictures %3.0f %% | %.0f pictures/s | %s",
-            f"{done:,}",
-            f"{total:,}",
-            100 * done / total,
-            rate,
-            left,
-        )
+        self.shown, seconds, total = now, now - self.began, sum(self.counts)
+        done = self._finished() + (work.pictures if batch.shard in self.claims.held else 0)
+        left = ""
+        if done > self.before:
+            left = f" | {timedelta(seconds=round((total - done) * seconds / (done - self.before)))} left"
+        share, rate = 100 * done / max(1, total), self.pictures / seconds
+        log.info(f"{done:,} of {total:,} pictures {share:3.0f} % | {rate:.0f} pictures/s{left}")
 
 
 def _on(device: str, node: Any) -> Any:
@@ -432,41 +322,12 @@ def _own_device() -> str:
     return f"cuda:{rank % torch.cuda.device_count()}"
 
 
+def _rank() -> int:
+    """Which of the processes this is that one launcher started."""
+    return int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", 0)))
+
+
 def _seed(seed: int, shard: str, key: str) -> int:
     """Of a picture, whatever is before it: from the stage's seed, the shard's name and the record's key."""
     told = json.dumps([seed, shard, key]).encode()
     return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little") >> 1
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    path = folder / "description.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not the description of a pass ({error})") from None
-
-
-def _create(path: Path, text: str) -> None:
-    """Puts a file there, whole, where none is; of several that do so at once one is first."""
-    new = path.with_name(f"{path.stem}.{records.own_name()}.new")
-    records.replace(new, text.encode(), new.with_suffix(".partial"))
-    try:
-        os.link(new, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        os.replace(new, path)
-    new.unlink(missing_ok=True)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
-
-
-def _tell_indexing(done: int, of: int, name: str) -> None:
-    if done == of or done % max(1, of // 20) == 0:
-        log.info("indexing shards: %d of %d (%s)", done, of, name)

@@ -54,7 +54,7 @@ def _checked(spec: Mapping[str, Any], where: str, known: set[str]) -> dict[str, 
 def index_of(spec: Mapping[str, Any], kind: Kind) -> Index:
     """The index of a source or set, made where it is missing; a source with phases is indexed as one, a view as what it keeps."""
     kind = OF_CLIPS[kind.name] if spec.get("frames") is not None else kind
-    index = open_index(_all_shards(spec), spec.get("index"), progress=_tell, records=kind.name)
+    index = open_index(_all_shards(spec), spec.get("index"), progress=tell_indexing, records=kind.name)
     if not spec.get("view"):
         return index
     from blip.datamodules.views import view_index
@@ -106,6 +106,7 @@ def _as_list(shards: Any) -> list[Any]:
     return [shards] if isinstance(shards, str | Path) else list(shards)
 
 
-def _tell(done: int, of: int, name: str) -> None:
+def tell_indexing(done: int, of: int, name: str) -> None:
+    """Says in the log now and then how far the making of an index is."""
     if done == of or done % max(1, of // 20) == 0:
         log.info("indexing shards: %d of %d (%s)", done, of, name)
