@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ class TextLayout:
     Linear layers and norms see `[T, D]`, only real tokens; attention sees `[R, L, D]`. `index` [T] is the place of each
     packed token in the flattened grid (R * L), `mask` [R, L] is True where the grid holds a token, `firsts` [R] is the
     place of each text's first token among the packed ones. `whole`: packed is the grid itself, so that nothing moves.
+    `queries`: the grid on which tokens look at something, where it is another (`folded`); its rows are what they look at.
     """
 
     index: Tensor
     mask: Tensor
     firsts: Tensor
     whole: bool = False
+    queries: TextLayout | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], longest: int | None = None) -> TextLayout:
@@ -83,18 +85,16 @@ class TextLayout:
         return TextLayout(index, mask, torch.cat([self.firsts, other.firsts + self.index.shape[0]]))
 
     def folded(self, row: Tensor, rows: int) -> TextLayout:
-        """The same tokens on a grid where text r stands in row[r] (ascending) of `rows`, all rows as wide as the fullest.
+        """The same texts, text r looking at thing row[r] (ascending) of `rows` in one row of queries with the others that do.
 
-        However many texts look at each of several things, they fold into its row of queries. Waits for the device.
+        However many texts look at each of several things, however long they are. Waits for the device.
         """
-        counts = torch.bincount(row, minlength=rows)
-        width = max(1, int(counts.max()))
-        place = row * width + torch.arange(self.rows, device=row.device) - (counts.cumsum(0) - counts)[row]  # [R]
-        mask = self.mask.new_zeros(rows * width, self.longest)
-        mask[:, 0] = True  # a place without a text looks at itself, so that no row of a softmax is empty
-        mask[place] = self.mask
-        index = place[self.index // self.longest] * self.longest + self.index % self.longest
-        return TextLayout(index, mask, self.firsts)
+        owner = row[self.index // self.longest]  # [T]
+        counts = torch.bincount(owner, minlength=rows)
+        firsts, width = counts.cumsum(0) - counts, max(1, int(counts.max()))
+        place = owner * width + torch.arange(len(owner), device=owner.device) - firsts[owner]
+        queries = TextLayout(place, torch.arange(width, device=owner.device) < counts[:, None], firsts)
+        return replace(self, queries=queries)
 
     def followed(self) -> Tensor:
         """Places of the packed tokens that another token of their text follows, [T - R]; no wait for the device.
@@ -106,8 +106,11 @@ class TextLayout:
         return place + torch.searchsorted(ends, place, right=True)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextLayout:
-        index, mask, firsts = (t.to(device, non_blocking=non_blocking) for t in (self.index, self.mask, self.firsts))
-        return TextLayout(index, mask, firsts, self.whole)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> TextLayout:
-        return TextLayout(self.index.pin_memory(), self.mask.pin_memory(), self.firsts.pin_memory(), self.whole)
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TextLayout:
+        queries = None if self.queries is None else self.queries._each(change)
+        return TextLayout(change(self.index), change(self.mask), change(self.firsts), self.whole, queries)

@@ -1,4 +1,4 @@
-"""Where tokens sit when unequally many texts fold into the rows of what they look at."""
+"""Where tokens sit when unequally many texts fold into the rows of queries of what they look at."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ import torch
 from blip.layout import TextLayout
 
 
-def test_texts_stand_in_their_rows_side_by_side_in_their_order():
+def test_texts_that_look_at_one_thing_are_one_row_of_queries_in_their_order():
     layout = TextLayout.from_lengths([2, 1, 3])
     folded = layout.folded(torch.tensor([0, 2, 2]), 3)
-    grid = folded.pad(torch.arange(1, 7)).view(3, 2, 3)  # three rows of two texts
-    assert grid.tolist() == [
-        [[1, 2, 0], [0, 0, 0]],
-        [[0, 0, 0], [0, 0, 0]],
-        [[3, 0, 0], [4, 5, 6]],
-    ]
-    assert torch.equal(folded.pack(folded.pad(torch.arange(1, 7))), torch.arange(1, 7))
-    assert torch.equal(folded.firsts, layout.firsts)
+    assert folded.queries is not None
+    tokens = torch.arange(1, 7)
+    assert folded.queries.pad(tokens).tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [3, 4, 5, 6]]
+    assert torch.equal(folded.queries.pack(folded.queries.pad(tokens)), tokens)
 
 
-def test_a_place_without_a_text_has_something_to_look_at():
-    folded = TextLayout.from_lengths([2]).folded(torch.tensor([1]), 3)
-    assert folded.mask.any(1).all()
-    assert folded.mask.tolist() == [[True, False], [True, True], [True, False]]
-
-
-def test_positions_in_a_text_are_those_before_folding():
+def test_among_themselves_texts_stand_as_before_folding():
     layout = TextLayout.from_lengths([2, 4, 3])
     folded = layout.folded(torch.tensor([0, 0, 1]), 2)
-    assert torch.equal(folded.index % folded.longest, layout.index % layout.longest)
+    for name in ("index", "mask", "firsts"):
+        assert torch.equal(getattr(folded, name), getattr(layout, name))
+
+
+def test_a_folded_layout_moves_as_a_whole():
+    moved = TextLayout.from_lengths([2, 1]).folded(torch.tensor([0, 0]), 1).to("meta")
+    assert moved.queries is not None
+    assert {moved.index.device.type, moved.queries.index.device.type, moved.queries.mask.device.type} == {"meta"}

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# On a CPU in bf16: memory larger than this the allocator gives back each time, and the kernel clears it anew at the next call.
+SCORES_AT_ONCE = 2**23
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
@@ -17,6 +20,13 @@ def attend(
     if query.shape[-2] == 1:  # the last one, which sees all
         causal = False
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        at_once = max(1, SCORES_AT_ONCE // (query[0, ..., 0].numel() * key.shape[-2]))
+        if at_once < query.shape[0] and not torch.is_grad_enabled():
+            whole = None if mask is None else mask.expand(*query.shape[:-1], key.shape[-2])
+            parts = [x.split(at_once) for x in (query, key, value)]
+            masks = [None] * len(parts[0]) if whole is None else whole.split(at_once)
+            found = [attend(q, k, v, m, causal, dropout) for q, k, v, m in zip(*parts, masks, strict=True)]
+            return torch.cat(found)
         # The fused kernel's backward in bf16 on CPU is several times slower than the products written out.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # [B, H, Lq, Lk]
         if causal:

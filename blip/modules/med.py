@@ -139,14 +139,13 @@ class Look(nn.Module):
         return CrossKV(key, value, None if mask is None else mask[:, None, None])
 
     def forward(self, x: Tensor, layout: TextLayout, cross: CrossKV) -> Tensor:
-        # Rows k*b .. k*b + k-1 look at picture b: one row of k * L queries.
-        query = layout.pad(self.query(x)).view(
-            cross.key.shape[0], -1, self.heads, cross.key.shape[-1]
-        )  # [B, k*L, H, d]
+        # Several texts that look at one thing are one row of queries: rows k*b .. k*b + k-1 of the grid, or as folded.
+        grid = layout.queries or layout
+        query = grid.pad(self.query(x)).view(cross.key.shape[0], -1, self.heads, cross.key.shape[-1])  # [B, Q, H, d]
         dropout = self.attention_dropout if self.training else 0.0
         looked = attend(query.transpose(1, 2), cross.key, cross.value, cross.mask, dropout=dropout)
-        looked = looked.transpose(1, 2).reshape(layout.rows, layout.longest, -1)  # [R, L, D]
-        return self.out(layout.pack(looked))
+        looked = looked.transpose(1, 2).reshape(grid.rows, grid.longest, -1)
+        return self.out(grid.pack(looked))
 
 
 class CrossAttention(Look):
