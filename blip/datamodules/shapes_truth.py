@@ -8,7 +8,7 @@ attribute F1 of 100 (`shapes_language.attribute_scores`). So a fragment is noise
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from blip.datamodules.shapes_language import KINDS, agreeing_slots, caption_slots, filled_slots
 from blip.datamodules.shapes_scenes import Description, Thing
@@ -29,7 +29,7 @@ def truth(record: Mapping[str, Any], source: str, text: str) -> tuple[bool, str]
     recorded, kind = record.get("truth"), record.get("kind")
     if source == "web" and isinstance(recorded, bool) and isinstance(kind, str):
         return recorded, kind
-    kind = deviation(scene, text)
+    kind = compare(scene, text).kind
     return kind == TRUE, kind
 
 
@@ -46,19 +46,29 @@ def described(record: Mapping[str, Any]) -> Description | None:
         return None
 
 
-def deviation(scene: Description, text: str) -> str:
-    """TRUE, or in what a text departs from the scene: one of DEVIATIONS.
+class Compared(NamedTuple):
+    """A text beside a scene. kind: TRUE or one of DEVIATIONS; agreeing of slots (of scene and text): 2 agreeing / slots is its F1."""
+
+    kind: str
+    agreeing: int
+    slots: int
+
+
+def compare(scene: Description, text: str) -> Compared:
+    """In what a text departs from the scene.
 
     incomplete: all that it says is so, but not all is said; things: it tells of more or fewer of them; one of KINDS: slots of that
     kind alone are wrong; several: of several kinds.
     """
     said = caption_slots(text)
     agreeing, stated, shown = agreeing_slots(scene, said), filled_slots(said), filled_slots(scene)
-    if not stated.total():
-        return NOTHING
-    if agreeing.total() == stated.total():
-        return TRUE if stated.total() == shown.total() else INCOMPLETE
-    if len(said.things) != len(scene.things):
-        return THINGS
     wrong = [kind for kind in KINDS if agreeing[kind] < max(stated[kind], shown[kind])]
-    return wrong[0] if len(wrong) == 1 else SEVERAL
+    if not stated.total():
+        kind = NOTHING
+    elif agreeing.total() == stated.total():
+        kind = INCOMPLETE if wrong else TRUE
+    elif len(said.things) != len(scene.things):
+        kind = THINGS
+    else:
+        kind = wrong[0] if len(wrong) == 1 else SEVERAL
+    return Compared(kind, agreeing.total(), stated.total() + shown.total())

@@ -1,0 +1,374 @@
+"""The sections of the report, each a function of what was counted: from what is kept to how the records were made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from blip.capfilt import page
+from blip.capfilt.examples import Example
+from blip.capfilt.page import bar, card, histogram, key, number, percent, said, table
+from blip.capfilt.tally import BELOW, BINS, NOT_TAKEN, REASONS, Label, Tally
+from blip.capfilt.words import LONGEST
+from blip.datamodules.shapes_truth import TRUE
+from blip.datamodules.views import View
+
+Numbers = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Told:
+    """All that the page tells. shown: (shard, record) -> picture; missing: why pictures cannot be read."""
+
+    title: str
+    view: View
+    described: Mapping[str, Any]
+    found: Tally
+    labels: Mapping[str, Label]
+    numbers: Numbers
+    shown: Mapping[tuple[str, int], tuple[str, bool]]
+    missing: str
+    costs: Sequence[Mapping[str, Any]]
+
+    def of(self, label: str, what: str) -> Any:
+        return self.numbers.get(f"{label.replace(' ', '_')}/{what}")
+
+
+def whole_page(told: Told) -> str:
+    sections = [
+        ("Kept and dropped", _kept(told)),
+        ("Against the truth", _truth(told)),
+        ("Scores", _scores(told)),
+        ("Gallery", _gallery(told)),
+        ("Beside the threshold", _beside(told)),
+        ("Mistakes", _mistakes(told)),
+        ("Length and vocabulary", _texts(told)),
+        ("Words that captioner and web prefer", _words(told)),
+        ("Cost", _cost(told)),
+        ("Broken samples", _broken(told)),
+        ("How it was made", _made(told)),
+    ]
+    return page.page(told.title, _lead(told), sections)
+
+
+def _lead(told: Told) -> str:
+    texts, kept = told.of("all", "texts"), told.of("all", "kept")
+    values = [
+        (number(told.found.pictures), "pictures"),
+        (number(texts), "texts"),
+        (number(kept), "texts kept"),
+        (percent(told.of("all", "noise_ratio")), "of all texts dropped"),
+    ]
+    if told.of("synthetic", "texts"):
+        values.append((percent(told.of("synthetic", "noise_ratio")), "of the synthetic texts dropped"))
+    if (recall := told.of("all", "truth/recall")) is not None:
+        values.append((percent(recall), "of the noise found"))
+    rule = f"<p class=lead>{_rule(told.view)}</p>{page.tiles(values)}"
+    if told.missing:
+        rule += (
+            f"<p class=soft>Without pictures and without truth: the shards cannot be read ({said(told.missing)}).</p>"
+        )
+    return rule
+
+
+def _rule(view: View) -> str:
+    scores = " and ".join(map(_score, view.scores)) or "nothing"
+    whole = {1: scores}.get(len(view.scores), f"the {'mean' if view.combine == 'mean' else 'least'} of {scores}")
+    sources = " and ".join(view.sources)
+    if not view.scores:
+        return f"Every text of {sources} is kept."
+    if view.share is not None:
+        return f"Kept are the {100 * view.share:g} % of the texts of {sources} with the highest {whole}."
+    return f"A text of {sources} is kept if {whole} is at least {view.threshold:g}."
+
+
+def _score(column: str) -> str:
+    """`itm_large` as `ITM large`."""
+    name, _, scorer = column.partition("_")
+    return said(f"{name.upper() if name in ('itm', 'itc') else name} {scorer}".strip())
+
+
+def _label(name: str) -> str:
+    return said(name[:1].upper() + name[1:])
+
+
+def _kept(told: Told) -> str:
+    reasons = [reason for reason in REASONS if any(label.dropped[reason] for label in told.labels.values())]
+    names = [*told.labels, "all"]
+    words = {BELOW: "below the cut" if told.view.share is not None else BELOW}
+    rows, styles = [], []
+    for name in names:
+        dropped = [number(told.of(name, f"dropped/{reason.replace(' ', '_')}") or 0) for reason in reasons]
+        ratio = told.of(name, "noise_ratio")
+        own = told.labels[name].dropped[NOT_TAKEN] == 0 if name in told.labels else True
+        shown = bar(ratio / 100, style="d") if own and ratio is not None else ""
+        counts = [number(told.of(name, what)) for what in ("texts", "kept")]
+        rows.append([_label(name), *counts, *dropped, percent(ratio) if own else percent(None), shown])
+        styles.append("total" if name == "all" else "part" if name.startswith("synthetic ") else "")
+    head = ["Source", "#Texts", "#Kept", *(f"#{words.get(reason, reason).capitalize()}" for reason in reasons)]
+    body = table([*head, "#Noise ratio", ""], rows, styles)
+    bare = told.found.bare
+    return (
+        f"{body}<p class=soft>Noise ratio: the share that is dropped. The paper drops 25 % of the texts that its captioner wrote by "
+        "nucleus sampling and 19 % of those by beam search (Table 2), 8 % where captioner and filter share their weights (Table 4); "
+        f"of web texts it gives no number. {number(bare)} pictures keep no text.</p>"
+    )
+
+
+def _truth(told: Told) -> str:
+    judged = [name for name in [*told.labels, "all"] if told.of(name, "truth/noise_dropped") is not None]
+    if not judged:
+        return ""
+
+    def rate(name: str, what: str) -> str:
+        value, low, high = (told.of(name, f"truth/{what}{end}") for end in ("", "_low", "_high"))
+        return f"{percent(value)} <span class=soft>[{number(low, 1)}, {number(high, 1)}]</span>"
+
+    styles = ["total" if name == "all" else "part" if name.startswith("synthetic ") else "" for name in judged]
+    rates = ["precision", "recall", "f1", "auc"]
+    quality = table(
+        ["Texts", "#Precision", "#Recall", "#F1", "#AUC"],
+        [[_label(name), *(rate(name, what) for what in rates)] for name in judged],
+        styles,
+    )
+    cells = ("noise_dropped", "true_dropped", "noise_kept", "true_kept")
+    counts = table(
+        ["Texts", "#Noise dropped", "#True dropped", "#Noise kept", "#True kept", "#Noise before", "#Noise after"],
+        [
+            [
+                _label(name),
+                *(number(told.of(name, f"truth/{cell}")) for cell in cells),
+                *(percent(told.of(name, f"truth/noise_{when}")) for when in ("before", "after")),
+            ]
+            for name in judged
+        ],
+        styles,
+    )
+    kinds = "".join(_recall_of_kinds(told, name) for name in judged if name != "all")
+    attributes = [
+        f"{_label(name)}: {percent(told.of(name, 'truth/attributes_before'))} of all, "
+        f"{percent(told.of(name, 'truth/attributes_after'))} of those kept."
+        for name in judged
+        if name != "all" and told.of(name, "truth/attributes_before") is not None
+    ]
+    return (
+        "<p>These pictures are drawn from scenes that are known, so every text is known to be true or noise. A synthetic text is true "
+        "if it says all that the scene shows and nothing else. A positive is noise; in brackets 95 % intervals (Wilson; of AUC, DeLong)."
+        f"</p>{quality}{counts}<h3>Recall of each kind of noise</h3>{kinds}"
+        f"<h3>Attributes</h3><p>F1 of shapes, colours, sizes, textures, relations and background that the texts name. "
+        f"{' '.join(attributes)}</p>"
+    )
+
+
+def _recall_of_kinds(told: Told, name: str) -> str:
+    prefix = f"{name.replace(' ', '_')}/truth/texts/"
+    kinds = [key.removeprefix(prefix) for key in told.numbers if key.startswith(prefix)]
+    rows, styles = [], []
+    for kind in kinds:
+        value, low, high = (told.of(name, f"truth/recall/{kind}{end}") for end in ("", "_low", "_high"))
+        interval = f"[{number(low, 1)}, {number(high, 1)}]"
+        shown = bar(value / 100, (low / 100, high / 100))
+        words = said(kind.rpartition("/")[2].replace("_", " "))
+        rows.append([words, number(told.of(name, f"truth/texts/{kind}")), percent(value), interval, shown])
+        styles.append("part" if "/" in kind else "")
+    return table([f"{_label(name)}: kind of noise", "#Texts", "#Dropped", "#95 %", ""], rows, styles) if rows else ""
+
+
+def _scores(told: Told) -> str:
+    columns = told.found.ranges
+    if not columns:
+        return ""
+    cut = told.view.threshold if told.view.share is None else told.found.least_kept
+    charts = []
+    for name, label in told.labels.items():
+        for column, ends in columns.items():
+            if column not in label.scores or not label.scores[column].sum():
+                continue
+            edges = np.linspace(*ends, BINS // 2 + 1)
+            dropped, kept = label.scores[column].reshape(2, -1, 2).sum(2)
+            own = column == told.found.decides
+            charts.append(
+                histogram(f"{_label(name)}: {_score(column)}", edges, {"d": dropped, "k": kept}, cut if own else None)
+            )
+    body = (
+        "<p class=soft>Texts by score; heights grow with the square root of the count, so that few are seen beside many. "
+        f"The dashed line is the threshold.</p>{key(kept='kept', dropped='dropped')}<div class=charts>{''.join(charts)}</div>"
+    )
+    known = []
+    for name, label in told.labels.items():
+        if label.kinds and told.found.decides:
+            edges = np.linspace(*columns[told.found.decides], BINS // 2 + 1)
+            true = np.array(label.kinds, object) == TRUE
+            score = np.array(label.deciding)
+            layers = {style: np.histogram(score[mask], edges)[0] for style, mask in (("d", ~true), ("k", true))}
+            known.append(histogram(f"{_label(name)}: {_score(told.found.decides)} by truth", edges, layers, cut))
+    if known:
+        body += f"{key(kept='true', dropped='noise')}<div class=charts>{''.join(known)}</div>"
+    return body + _other_thresholds(told)
+
+
+def _other_thresholds(told: Told) -> str:
+    """What would be kept with another threshold: no model is needed to know."""
+    column = told.found.decides
+    if not column or told.view.share is not None:
+        return ""
+    low, high = told.found.ranges[column]
+    names = [name for name, label in told.labels.items() if column in label.scores]
+    rows = []
+    for step in range(10, BINS, 10):
+        threshold = low + (high - low) * step / BINS
+        kept = [int(told.labels[name].scores[column].sum(0)[step:].sum()) for name in names]
+        of = [int(told.labels[name].scores[column].sum()) for name in names]
+        rows.append(
+            [
+                f"{threshold:.2f}",
+                *(percent(100 * k / n if n else math.nan) for k, n in zip(kept, of, strict=True)),
+                number(sum(kept)),
+            ]
+        )
+    head = ["#Threshold", *(f"#{_label(name)} kept" for name in names), "#Texts kept"]
+    return f"<h3>With another threshold</h3>{table(head, rows)}"
+
+
+def _cards(told: Told, examples: Sequence[Example]) -> str:
+    several = sum(name.startswith("synthetic ") for name in told.labels) > 1
+
+    def texts(example: Example) -> list[tuple[str, str, bool, str]]:
+        found = []
+        for line in example.lines:
+            source, _, captioner = line.label.partition(" ")
+            who = f"T<sub>{source[0]}</sub>" + (f" {said(captioner)}" if several and captioner else "")
+            scores = [f"{_score(name)} {value:.2f}" for name, value in line.scores.items() if math.isfinite(value)]
+            truth = [] if line.kind is None else ["true" if line.kind == TRUE else f"noise: {said(line.kind)}"]
+            found.append((who, line.text, line.kept, "".join(f" · {each}" for each in [*scores, *truth])))
+        return found
+
+    cards = []
+    for example in examples:
+        picture, tiny = told.shown.get((example.shard, example.record), ("", False))
+        cards.append(card(picture, tiny, f"{example.shard}: {example.key}", texts(example)))
+    return f"<div class=cards>{''.join(cards)}</div>" if cards else ""
+
+
+def _gallery(told: Told) -> str:
+    return (
+        "<p class=soft>Pictures at random with the text of the web T<sub>w</sub> and the synthetic text T<sub>s</sub>, as in the "
+        f"paper's Figure 4: green is kept, red is dropped.</p>{_cards(told, told.found.examples.gallery)}"
+    )
+
+
+def _beside(told: Told) -> str:
+    body = ""
+    for words, found in (("just kept", told.found.examples.kept), ("just dropped", told.found.examples.dropped)):
+        for name, examples in sorted(found.items(), reverse=True):
+            if examples:
+                body += f"<h3>{_label(name)}, {words}</h3>{_cards(told, examples)}"
+    return body
+
+
+def _mistakes(told: Told) -> str:
+    noise, lost = told.found.examples.noise, told.found.examples.lost
+    body = f"<h3>Noise that is kept, the surest first</h3>{_cards(told, noise)}" if noise else ""
+    return body + (f"<h3>True texts that are dropped, the surest first</h3>{_cards(told, lost)}" if lost else "")
+
+
+def _texts(told: Told) -> str:
+    columns = {"words_mean": ("#Words, mean", 2), "words_median": ("#Median", 0), "vocabulary": ("#Distinct words", 0)}
+    columns |= {"word_entropy_bits": ("#Entropy of words, bits", 2), "distinct_texts": ("#Distinct texts, %", 1)}
+    rows, charts = [], []
+    for name, label in [*told.labels.items(), ("all", None)]:
+        for when, words in (("before", "all"), ("after", "kept")):
+            if told.of(name, f"{when}/words_mean") is None or (name == "all" and len(told.labels) == 1):
+                continue
+            cells = [number(told.of(name, f"{when}/{column}"), digits) for column, (_, digits) in columns.items()]
+            rows.append([f"{_label('every source' if name == 'all' else name)}, {words}", *cells])
+        if label is not None and label.before.count:
+            longest = min(LONGEST, max(5, int(np.flatnonzero(label.before.lengths)[-1]))) + 1
+            layers = {"d": label.before.lengths[:longest], "k": label.after.lengths[:longest]}
+            charts.append(histogram(f"{_label(name)}: words of a text", np.arange(longest + 1), layers, digits=0))
+    share = (
+        f" Counted over {percent(100 * told.found.sampled)} of the texts, at random." if told.found.sampled < 1 else ""
+    )
+    return (
+        f"{table(['Texts', *(head for head, _ in columns.values())], rows)}<p class=soft>The set before is the web; the set after is "
+        f"what is kept of every source.{share}</p>{key(kept='kept', dropped='all')}<div class=charts>{''.join(charts)}</div>"
+    )
+
+
+def _words(told: Told) -> str:
+    body = ""
+    for when, words in (("all", "All texts"), ("kept", "Kept texts")):
+        sides = []
+        for side, style in (("synthetic", "m"), ("web", "d")):
+            shown = told.numbers.get(f"words/{when}/preferred_by_{side}") or []
+            most = max((abs(each["z"]) for each in shown), default=1.0)
+            rows = [
+                [
+                    f"<bdi>{said(each['word'], 30)}</bdi>",
+                    number(each["first"], 2),
+                    number(each["second"], 2),
+                    number(abs(each["z"]), 1),
+                    bar(abs(each["z"]) / most, style=style),
+                ]
+                for each in shown
+            ]
+            if rows:
+                sides.append(table([f"Preferred by {side}", "#Synthetic", "#Web", "#z", ""], rows))
+        if sides:
+            body += f"<h3>{words}</h3><div class=words>{''.join(f'<div>{each}</div>' for each in sides)}</div>"
+    if not body:
+        return ""
+    return (
+        "<p class=soft>How often a thousand words have each, and the log-odds between the two in standard errors (Monroe et al., 2008): "
+        f"what the captioner says too often, and what it does not know to say.</p>{body}"
+    )
+
+
+def _cost(told: Told) -> str:
+    stages = [*told.costs]
+    if told.found.seconds:
+        own = {
+            "stage": "this pass, all workers together",
+            "seconds": told.found.seconds,
+            "pictures": told.found.pictures,
+        }
+        stages.append(own)
+    rows = []
+    for stage in stages:
+        seconds, pictures = stage.get("seconds"), stage.get("pictures")
+        rate = pictures / seconds if pictures and seconds else None
+        rows.append([said(str(stage.get("stage", ""))), _time(seconds), number(pictures), number(rate, 1)])
+    return table(["Stage", "#Time", "#Pictures", "#Pictures/s"], rows) if rows else ""
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return number(None)
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _broken(told: Told) -> str:
+    if not told.found.broken:
+        return ""
+    rows = []
+    for reason, count in told.found.broken.most_common():
+        names = told.found.broken_names[reason]
+        more = f", and {number(count - len(names))} more" if count > len(names) else ""
+        rows.append([said(reason), number(count), ", ".join(said(name, 80) for name in names) + more])
+    return table(["Reason", "#Pictures", "Names"], rows)
+
+
+def _made(told: Told) -> str:
+    """The rule and the description of the pass, of the shards the number alone."""
+    shards = told.described.get("shards")
+    described = {name: value for name, value in told.described.items() if name != "shards"}
+    if isinstance(shards, list):
+        described["shards"] = len(shards)
+    shown = json.dumps({"view": told.view.rule, "pass": described}, indent=1, ensure_ascii=False)
+    return f"<details><summary>The rule, the models and how they decoded</summary><pre>{page.verbatim(shown)}</pre></details>"

@@ -1,0 +1,270 @@
+"""What a view makes of records, counted shard by shard: how many texts it keeps and why not the others, how they score, what their
+words are, and how that agrees with the truth where it is known.
+
+Memory does not grow with the number of shards, but for the truth of the embedded world (some 20 bytes a text); words are counted
+over a random sample of at most TEXTS texts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from blip.capfilt import records
+from blip.capfilt.examples import Examples, Rows
+from blip.capfilt.words import Texts
+from blip.datamodules.index import Index
+from blip.datamodules.records import NOTHING
+from blip.datamodules.shapes_truth import Compared, compare, described, truth
+from blip.datamodules.shards import Reader, Span
+from blip.datamodules.views import View, combined_scores, kept_rows
+
+BINS = 100
+TEXTS = 500_000  # whose words are counted
+NAMED = 20  # broken pictures named for each reason
+COMBINED = "combined"  # the score of a view that goes by several
+BELOW, EMPTY, UNSCORED, NOT_TAKEN = "below the threshold", "empty", "not scored", "source not taken"
+REASONS = (BELOW, EMPTY, UNSCORED, NOT_TAKEN)
+
+
+@dataclass
+class Label:
+    """Texts of one source, of synthetic ones those of one captioner.
+
+    dropped: reason -> texts; scores: column -> [2, BINS], dropped and kept; before, after: words of a sample of all, and of those kept
+    deciding, decided, kinds: of the texts whose truth is known the score that the view goes by, whether it keeps them, their kind;
+    attributes: of those [dropped, kept][agreeing, slots], as `shapes_truth.Compared` counts them
+    """
+
+    texts: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    scores: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    before: Texts = field(default_factory=Texts)
+    after: Texts = field(default_factory=Texts)
+    deciding: list[float] = field(default_factory=list)
+    decided: list[bool] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    attributes: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 2), np.int64))
+
+    def __add__(self, other: Label) -> Label:
+        """Both together."""
+        columns = {**self.scores, **other.scores}
+        none = np.zeros((2, BINS), np.int64)
+        return Label(
+            self.texts + other.texts,
+            self.kept + other.kept,
+            self.dropped + other.dropped,
+            {name: self.scores.get(name, none) + other.scores.get(name, none) for name in columns},
+            self.before | other.before,
+            self.after | other.after,
+            self.deciding + other.deciding,
+            self.decided + other.decided,
+            self.kinds + other.kinds,
+            self.attributes + other.attributes,
+        )
+
+
+@dataclass
+class Tally:
+    """All that the report tells.
+
+    labels: `web`, `human`, `synthetic CAPTIONER`; ranges: column of a score -> ends of its chart; decides: the score that the view
+    goes by, a column or COMBINED, nothing where it keeps every text; least_kept: the least of it that is kept; sampled: share of the texts whose words are counted; bare: pictures that keep no text; seconds: of all workers
+    """
+
+    ranges: dict[str, tuple[float, float]]
+    decides: str
+    sampled: float
+    labels: dict[str, Label] = field(default_factory=dict)
+    examples: Examples = field(default_factory=Examples)
+    shards: int = 0
+    pictures: int = 0
+    bare: int = 0
+    seconds: float = 0.0
+    least_kept: float = math.inf
+    broken: Counter[str] = field(default_factory=Counter)
+    broken_names: dict[str, list[str]] = field(default_factory=dict)
+
+
+def tally(view: View, index: Index | None, seed: int) -> Tally:
+    """Counts all records of a view. `index`: of their shards, for the truth; None where they cannot be read.
+
+    ValueError where there are no records, or they lack a score of the view.
+    """
+    folder = view.folders[0]
+    paths = records.files(folder)
+    if not paths:
+        raise ValueError(f"{folder}: no records there; give the folder of a filter pass (stage=filter)")
+    names = [path.relative_to(folder / "records").as_posix().removesuffix(".parquet") for path in paths]
+    ranges, rows = _ranges(paths)
+    kept = kept_rows(view, names, {"key", "captioner", *ranges})
+    decides = view.scores[0] if view.scores else ""
+    if len(view.folders) * len(view.scores) > 1:
+        decides = COMBINED
+        ranges[COMBINED] = min(ranges[name][0] for name in view.scores), max(ranges[name][1] for name in view.scores)
+    found = Tally(ranges, decides, min(1.0, TEXTS / max(rows, 1)))
+    truths = Truths(index)
+    for path, name, (table, times) in zip(paths, names, kept, strict=True):
+        _add_shard(found, name, records.about(path))
+        _add_texts(found, view, name, table, times > 0, truths.of(name, table), random.Random(f"{seed}/{name}"))
+    return found
+
+
+def _ranges(paths: Sequence[Path]) -> tuple[dict[str, tuple[float, float]], int]:
+    """(column of a score -> (least, greatest) that its charts show, number of rows), from the ends of the files alone."""
+    found: dict[str, tuple[float, float]] = {}
+    rows = 0
+    for path in paths:
+        about = pq.read_metadata(path)
+        rows += about.num_rows
+        for group in map(about.row_group, range(about.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                name, told = column.path_in_schema, column.statistics
+                if column.physical_type == "FLOAT" and name != "log_prob":
+                    ends = (told.min, told.max) if told is not None and told.has_min_max else (math.inf, -math.inf)
+                    least, greatest = found.get(name, (math.inf, -math.inf))
+                    found[name] = min(least, ends[0]), max(greatest, ends[1])
+    return {name: _rounded(name, *ends) for name, ends in found.items()}, rows
+
+
+def _rounded(name: str, least: float, greatest: float) -> tuple[float, float]:
+    if name.startswith("itm") and least >= 0 and greatest <= 1:  # a probability
+        return 0.0, 1.0
+    if not math.isfinite(least) or not math.isfinite(greatest):
+        return 0.0, 1.0
+    return math.floor(20 * least) / 20, math.floor(20 * greatest) / 20 + 0.05
+
+
+class Truths:
+    """Looks up what is true of texts, shard by shard, as long as the shards hold scenes of the embedded world."""
+
+    def __init__(self, index: Index | None) -> None:
+        self.index, self.reader = index, Reader()
+        self.numbers = {} if index is None else {index.name(shard): shard for shard in range(len(index.names))}
+
+    def of(self, name: str, table: pa.Table) -> list[Compared | None]:
+        """Each text of a shard beside its scene; None where nothing is known of it."""
+        unknown: list[Compared | None] = [None] * len(table)
+        if self.index is None or name not in self.numbers or not len(table):
+            return unknown
+        shard = self.numbers[name]
+        first = int(self.index.shard_starts[shard])
+        wanted = np.unique(table["record"].to_numpy()).tolist()
+        told: dict[int, Mapping[str, Any]] = {}
+        for some in (wanted[:1], wanted[1:]):  # the first tells whether there is a scene at all
+            places = [self.index.places(first + record) for record in some]
+            try:
+                read = self.reader.read([Span(self.index.shard(shard), parts[-1]) for _, parts, _ in places])
+            except (OSError, ValueError):
+                self.index = None
+                return unknown
+            for record, (text,), (_, _, is_json) in zip(some, read, places, strict=True):
+                told[record] = _object(text) if is_json else {}
+            if described(told[wanted[0]]) is None:
+                self.index = None  # of another world, and so are the other shards
+                return unknown
+        rows = zip(*(table[column].to_pylist() for column in ("record", "source", "text")), strict=True)
+        return [_compared(told[record], source, text) for record, source, text in rows]
+
+
+def _object(text: bytes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _compared(record: Mapping[str, Any], source: str, text: str) -> Compared | None:
+    """A text beside its scene: the web's own are of the kind that is recorded, with what is wrong of a wrong attribute."""
+    scene, found = described(record), truth(record, source, text)
+    if scene is None or found is None:
+        return None
+    compared = compare(scene, text)
+    return compared._replace(kind=f"attribute: {compared.kind}" if found[1] == "attribute" else found[1])
+
+
+def _add_shard(found: Tally, name: str, about: Mapping[str, Any]) -> None:
+    found.shards += 1
+    found.pictures += about["pictures"]
+    found.seconds += about["seconds"]
+    for key, reason in about["broken"]:
+        found.broken[reason] += 1
+        if found.broken[reason] <= NAMED:
+            found.broken_names.setdefault(reason, []).append(f"{name}: {key}")
+
+
+def _add_texts(
+    found: Tally,
+    view: View,
+    name: str,
+    table: pa.Table,
+    kept: NDArray[np.bool_],
+    compared: list[Compared | None],
+    rng: random.Random,
+) -> None:
+    deciding = combined_scores(table, view)  # [R]
+    reasons = _reasons(table, view, kept, deciding)
+    sources, captioners = table["source"].to_pylist(), table["captioner"].to_pylist()
+    labels = [s if c is None else f"{s} {c}" for s, c in zip(sources, captioners, strict=True)]
+    texts = table["text"].to_pylist()
+    sampled = np.array([rng.random() < found.sampled for _ in texts], bool)
+    columns = table.column_names  # where several folders have one of the same name, it is the first folder's
+    scores = {
+        column: deciding if column == COMBINED else table.column(columns.index(column)).to_numpy(zero_copy_only=False)
+        for column in found.ranges
+    }
+    numbers = table["record"].to_numpy()
+    found.bare += len(np.unique(numbers)) - len(np.unique(numbers[kept]))
+    found.least_kept = min(found.least_kept, float(deciding[kept].min(initial=math.inf)))
+    for label in sorted(set(labels)):
+        rows = np.array([each == label for each in labels])
+        entry = found.labels.setdefault(label, Label())
+        entry.texts += int(rows.sum())
+        entry.kept += int((rows & kept).sum())
+        entry.dropped.update(reasons[row] for row in np.flatnonzero(rows & ~kept).tolist())
+        for column, ends in found.ranges.items():
+            counted = entry.scores.setdefault(column, np.zeros((2, BINS), np.int64))
+            for part, mask in enumerate((rows & ~kept, rows & kept)):
+                values = scores[column][mask]
+                counted[part] += np.histogram(values[np.isfinite(values)], BINS, ends)[0]
+        entry.before.add(texts[row] for row in np.flatnonzero(rows & sampled).tolist())
+        entry.after.add(texts[row] for row in np.flatnonzero(rows & sampled & kept).tolist())
+        for row in np.flatnonzero(rows).tolist():
+            if (beside := compared[row]) is not None and reasons[row] != NOT_TAKEN:
+                entry.deciding.append(float(deciding[row]))
+                entry.decided.append(bool(kept[row]))
+                entry.kinds.append(beside.kind)
+                entry.attributes[int(kept[row])] += beside.agreeing, beside.slots
+    judged = np.array([reason in ("", BELOW) for reason in reasons], bool)
+    kinds = [None if each is None else each.kind for each in compared]
+    keys = table["key"].to_pylist()
+    found.examples.add(Rows(name, numbers, keys, labels, texts, kept, judged, deciding, scores, kinds), rng)
+
+
+def _reasons(table: pa.Table, view: View, kept: NDArray[np.bool_], deciding: NDArray[np.float32]) -> list[str]:
+    """Why each text is dropped, nothing where it is kept."""
+    bare = pc.equal(pc.binary_length(pc.utf8_trim(table["text"], characters=NOTHING)), 0).to_pylist()
+    taken = pc.is_in(table["source"], pa.array(view.sources)).to_pylist()
+
+    def why(row: int) -> str:
+        if kept[row]:
+            return ""
+        if not taken[row]:
+            return NOT_TAKEN
+        return EMPTY if bare[row] else UNSCORED if deciding[row] == -math.inf else BELOW
+
+    return [why(row) for row in range(len(kept))]

@@ -1,0 +1,235 @@
+"""The report: its numbers are those of the records and of the truth, its page is whole, harmless and needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blip.capfilt import records
+from blip.capfilt.report import write_report
+from blip.datamodules.index import build_index
+from blip.datamodules.shapes import write_world
+from blip.datamodules.shapes_language import caption, wrong_attribute
+from blip.datamodules.shapes_truth import described
+from blip.datamodules.views import View
+
+SIZES = {"train": 3, "web": 120, "val": 3, "test": 3, "reserved": 3}
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \u202e\x00\x1b[31m\"'&amp;"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("worlds") / "world", seed=5, sizes=SIZES, processes=1) / "web"
+
+
+def told(shard: Path) -> Iterator[tuple[str, dict]]:
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            if member.name.endswith(".json"):
+                yield member.name.removesuffix(".json"), json.load(tar.extractfile(member))  # type: ignore[arg-type]
+
+
+def scored(folder: Path, world: Path, hostile: str = "") -> list[dict[str, Any]]:
+    """Records of the world as a filter leaves them that errs in every tenth text; returns their rows."""
+    index = build_index(str(world / "*.tar"))
+    rows = []
+    for shard in range(len(index.names)):
+        name, of_shard, rng = index.name(shard), [], random.Random(shard)
+        for number, (record_key, record) in enumerate(told(Path(index.location(shard)))):
+            scene = described(record)
+            assert scene is not None
+            right = rng.random() < 0.7
+            written = caption(scene if right else wrong_attribute(scene, rng), rng)
+            for source, captioner, text, true in (
+                ("web", None, record["captions"][0], record["truth"]),
+                ("synthetic", "captioner", hostile or written, right and not hostile),
+            ):
+                likely = true != (rng.random() < 0.1)
+                itm = rng.uniform(0.5, 1) if likely else rng.uniform(0, 0.499)
+                row = dict.fromkeys(column for column, _ in records.TEXT)
+                row |= {"shard": name, "record": number, "key": record_key, "source": source, "captioner": captioner}
+                row |= {"number": 0, "text": text, "itm": itm, "itc": itm / 2 - 0.1, "scorers": "{}"}
+                of_shard.append(row | {"true": true})
+        columns = records.schema(("itm", "itc")).names
+        about = {"shard": name, "digest": "", "description": "", "pictures": number + 1, "broken": [], "seconds": 2.0}
+        if not shard:
+            about["broken"] = [["000000007<b>", "cut short"]]
+        path = records.path_of(folder, name)
+        as_columns = {column: [row[column] for row in of_shard] for column in columns}
+        records.write(path, as_columns, ("itm", "itc"), about, path.with_suffix(".partial"))
+        rows += of_shard
+    described_by = {"input": index.fingerprint, "shards": [index.location(shard) for shard in range(len(index.names))]}
+    (folder / "description.json").write_text(json.dumps(described_by))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def passed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("records")
+    return folder, scored(folder, world)
+
+
+class Tags(HTMLParser):
+    """What a page holds: tags with their attributes, and whether each is closed."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.said: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.said.append(data)
+
+
+def test_counts_and_detection_of_noise_are_those_of_the_records(passed: tuple, tmp_path: Path) -> None:
+    folder, rows = passed
+    numbers = write_report(tmp_path / "report.html", View(folder))
+    for source in ("web", "synthetic"):
+        of_source = [row for row in rows if row["source"] == source]
+        true = np.array([row["true"] for row in of_source])
+        kept = np.array([row["itm"] >= 0.5 for row in of_source])
+        assert numbers[f"{source}/texts"] == len(of_source)
+        assert numbers[f"{source}/kept"] == kept.sum()
+        assert numbers[f"{source}/dropped/below_the_threshold"] == (~kept).sum()
+        assert numbers[f"{source}/noise_ratio"] == pytest.approx(100 * (~kept).mean())
+        hit, false, missed = (~true & ~kept).sum(), (true & ~kept).sum(), (~true & kept).sum()
+        assert numbers[f"{source}/truth/precision"] == pytest.approx(100 * hit / (hit + false))
+        assert numbers[f"{source}/truth/recall"] == pytest.approx(100 * hit / (hit + missed))
+        assert numbers[f"{source}/truth/f1"] == pytest.approx(200 * hit / (2 * hit + false + missed))
+        itm = np.array([row["itm"] for row in of_source], np.float32)
+        area = (itm[true][:, None] > itm[~true][None, :]).mean()
+        low, value, high = (numbers[f"{source}/truth/auc{end}"] for end in ("_low", "", "_high"))
+        assert value == pytest.approx(100 * area)
+        assert low < value < high
+    assert numbers["all/texts"] == len(rows) == 240
+    assert numbers["pictures"] == 120
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(numbers))
+
+
+def test_recall_is_told_for_each_kind_that_the_web_records(passed: tuple, world: Path, tmp_path: Path) -> None:
+    numbers = write_report(tmp_path / "report.html", View(passed[0]))
+    kinds = [record["kind"] for shard in sorted(world.glob("*.tar")) for _, record in told(shard)]
+    for kind in {*kinds} - {"true"}:
+        assert numbers[f"web/truth/texts/{kind}"] == kinds.count(kind)
+        low, value, high = (numbers[f"web/truth/recall/{kind}{end}"] for end in ("_low", "", "_high"))
+        assert 0 <= low <= value <= high <= 100
+    attribute = [name for name in numbers if name.startswith("web/truth/texts/attribute/")]
+    assert sum(numbers[name] for name in attribute) == kinds.count("attribute")
+
+
+def test_attribute_f1_rises_where_the_filter_is_right(passed: tuple, tmp_path: Path) -> None:
+    numbers = write_report(tmp_path / "report.html", View(passed[0]))
+    assert 80 < numbers["synthetic/truth/attributes_before"] < numbers["synthetic/truth/attributes_after"] <= 100
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(passed: tuple, tmp_path: Path) -> None:
+    write_report(
+        tmp_path / "report.html", View(passed[0]), costs=[{"stage": "generate", "seconds": 90, "pictures": 120}]
+    )
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Tags(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "form", "base"}
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    assert "default-src 'none'" in text
+    named = [each for _, attributes in page.tags for name in ("src", "href") if (each := attributes.get(name))]
+    assert all(each.startswith(("data:image/jpeg;base64,", "#")) for each in named)
+    assert "url(" not in text
+    assert text.count("data:image/jpeg;base64,") >= 24
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json"}
+    assert len(text) < 2_000_000
+
+
+def test_texts_of_strangers_stand_as_text_and_are_cut(world: Path, tmp_path: Path) -> None:
+    scored(tmp_path / "records", world, hostile=HOSTILE + "x" * 5000)
+    write_report(tmp_path / "report.html", View(tmp_path / "records"))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Tags(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not [tag for tag, attributes in page.tags if "onerror" in attributes]
+    assert any("<script>alert(1)</script>" in said for said in page.said)
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", text)
+    assert "x" * 300 not in text
+    assert "000000007&lt;b&gt;" in text
+
+
+def test_the_same_seed_gives_the_same_page_and_another_one_other_pictures(passed: tuple, tmp_path: Path) -> None:
+    pages = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_report(tmp_path / f"{name}.html", View(passed[0]), seed=seed)
+        pages.append((tmp_path / f"{name}.html").read_text(encoding="utf-8"))
+    assert pages[0] == pages[1] != pages[2]
+
+
+@pytest.mark.parametrize("gone", ["shards", "description"])
+def test_without_the_shards_the_report_has_no_pictures_and_says_so(world: Path, tmp_path: Path, gone: str) -> None:
+    folder = tmp_path / "records"
+    rows = scored(folder, world)
+    described_by = json.loads((folder / "description.json").read_text())
+    if gone == "shards":
+        (folder / "description.json").write_text(json.dumps(described_by | {"shards": [str(tmp_path / "gone-0.tar")]}))
+    else:
+        (folder / "description.json").unlink()
+    numbers = write_report(tmp_path / "report.html", View(folder))
+    assert numbers["all/texts"] == len(rows)
+    assert "web/truth/recall" not in numbers
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "data:image" not in text
+    assert "the shards cannot be read" in text
+
+
+def test_a_share_and_several_scores_are_told_as_they_decide(passed: tuple, tmp_path: Path) -> None:
+    folder, rows = passed
+    numbers = write_report(tmp_path / "share.html", View(folder, share=0.25))
+    assert numbers["all/kept"] == round(0.25 * len(rows))
+    numbers = write_report(
+        tmp_path / "both.html", View(folder, scores=("itm", "itc"), combine="unanimous", threshold=0.3)
+    )
+    assert numbers["all/kept"] == sum(row["itc"] >= 0.3 for row in rows)
+    several = write_report(tmp_path / "folders.html", View([folder, folder]))
+    assert several["all/kept"] == sum(row["itm"] >= 0.5 for row in rows)
+    web = write_report(tmp_path / "web.html", View(folder, sources=("web",)))
+    assert web["synthetic/kept"] == 0
+    assert web["synthetic/dropped/source_not_taken"] == 120
+    assert web == replace_view(
+        write_report(tmp_path / "control.html", replace(View(folder, sources=("web",)), control=True))
+    )
+
+
+def replace_view(numbers: dict[str, Any]) -> dict[str, Any]:
+    return numbers | {"view": numbers["view"] | {"control": False}}
+
+
+def test_errors_name_what_is_wrong(passed: tuple, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no records there"):
+        write_report(tmp_path / "report.html", View(tmp_path))
+    with pytest.raises(ValueError, match=r"an \.html file"):
+        write_report(tmp_path / "report.json", View(passed[0]))
+    with pytest.raises(ValueError, match="no score"):
+        write_report(tmp_path / "report.html", View(passed[0], scores=("itm_large",)))
+    assert not list(tmp_path.iterdir())
