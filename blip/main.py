@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before all that takes time to import
 
 import contextlib
 import difflib
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -52,7 +53,7 @@ MODES = ("fit", "validate", "test", "predict")
 QUIET = (
     *("LeafSpec", "broadcast_buffers", "anonymous"),
     "`on_after_batch_transfer`",  # the task normalises, and only it
-    "`self.log.*sync_dist=True`",  # every rank computes the same numbers
+    "`self.log.*sync_dist=True",  # every rank computes the same numbers
     "Total length of `list` across ranks is zero",  # no validation set
     "custom batch sampler",
     "smaller than the logging interval",
@@ -63,6 +64,10 @@ MAY_CHANGE = (
     *("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start", "expected"),
     *("data.num_workers", "data.prefetch", "data.allow_other_data"),
     *("stage.num_workers", "stage.device"),
+)
+# In configs: a name that a folder keeps through restarts, of letters and digits.
+OmegaConf.register_new_resolver(
+    "name_of", lambda folder: hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest(), replace=True
 )
 
 
@@ -139,7 +144,7 @@ def record(cfg: DictConfig, folder: Path) -> Path:
 
 def replace(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.stem}.{platform.node()}.{os.getpid()}.partial")
     partial.write_text(text)
     os.replace(partial, path)
 

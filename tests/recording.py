@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,16 @@ def samples(folder: Path) -> list[dict[str, Any]]:
             assert rows[: len(again)] == again[: len(rows)], f"start {number} did not repeat what was lost"
             kept = [row for row in kept if row["step"] < rows[0]["step"]] + rows
     return kept
+
+
+class Slow(L.Callback):
+    """One rank takes so many seconds longer for each step than the others."""
+
+    def __init__(self, rank: int, seconds: float) -> None:
+        self.rank, self.seconds = rank, seconds
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_rank == self.rank:
+            time.sleep(self.seconds)
