@@ -9,6 +9,8 @@
     blip data answers SHARDS... --out FILE      the answers that VQA ranks, from shards of questions
     blip data vocabulary SHARDS... --out FILE   a WordPiece vocabulary learned from the captions of shards
     blip data typical SHARDS...                 the caption that fits all pictures best: what a captioner has to beat
+    blip data materialize SHARDS... --records FOLDER --out FOLDER
+                                                the texts that a view of CapFilt's records keeps, as shards
     blip data check SHARDS...                   what is in shards, and whether it suffices for given ranks and workers
     blip convert IN OUT --to LAYOUT             a checkpoint in another layout: released, transformers or ours
     blip score REFERENCES HYPOTHESES            BLEU, METEOR, ROUGE-L, CIDEr, SPICE of captions; VQA's accuracy with --vqa
@@ -24,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip.cli_capfilt import add_materialize
 from blip.cli_model import add_model
 from blip.cli_score import add_score
 
@@ -122,6 +125,8 @@ def _add_data(commands) -> None:
     )
     check.add_argument("--batch-size", type=int, default=75, help="rows a rank and step (default: %(default)s)")
     check.set_defaults(run=check_shards)
+
+    add_materialize(data, _shards_done)
 
 
 def index_shards(options: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+STARTS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
+
 
 def write_tar(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
     """Writes the shard `path`, whole or not at all, and returns the number of its samples.
@@ -15,7 +17,7 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]
     A sample is (key, {suffix: bytes}): `("000017", {"jpg": ..., "json": ...})` becomes the members 000017.jpg and
     000017.json, in this order; `{"0.jpg": ..., "1.jpg": ..., "json": ...}` holds two pictures. Members have no time,
     owner or place of writing. A shard that is there is replaced. ValueError for a key that readers would take apart or
-    put together with another (empty, with a dot, met before), and for names longer than tars hold.
+    put together with another (empty, with a dot behind its folder, met before), and for names longer than tars hold.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -24,7 +26,8 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]
         with open(partial, "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for key, members in samples:
-                    if not key or "." in key or key in keys or not members:
+                    name = key.rpartition("/")[2]
+                    if not name or "." in name or key in keys or not members:
                         raise ValueError(
                             f"{path}: a sample needs members and a key of its own without dots, not {key!r}"
                         )
@@ -39,6 +42,11 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]
     finally:
         partial.unlink(missing_ok=True)
     return len(keys)
+
+
+def picture_suffix(data: bytes) -> str | None:
+    """What a member is to be called by what its bytes are; None for what is none of the pictures that shards hold."""
+    return next((suffix for start, suffix in STARTS if data.startswith(start)), None)
 
 
 def as_json(record: Any) -> bytes:

@@ -109,8 +109,12 @@ class View:
 
     @property
     def rule(self) -> dict[str, Any]:
-        """All that it says but where its records lie."""
-        return {name: value for name, value in asdict(self).items() if name != "records"}
+        """All that it says but where its records lie, as JSON has it."""
+        return {
+            name: value
+            for name, value in json.loads(json.dumps(asdict(self), default=str)).items()
+            if name != "records"
+        }
 
 
 # Deciding

@@ -22,6 +22,12 @@ def test_a_shard_reads_back_as_its_samples(tmp_path: Path) -> None:
     assert [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in read] == SAMPLES
 
 
+def test_a_dot_in_a_folder_is_no_end_of_a_key(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("v1.2/a", {"jpg": b"picture"})])
+    (sample,) = webdataset.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False)
+    assert (sample["__key__"], sample["jpg"]) == ("v1.2/a", b"picture")
+
+
 def test_bytes_depend_on_nothing_but_the_samples(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     for path in (tmp_path / "0.tar", tmp_path / "elsewhere" / "another.tar"):
@@ -51,11 +57,12 @@ def test_a_shard_appears_when_it_is_whole_or_not_at_all(tmp_path: Path) -> None:
     [
         [("", {"jpg": b""})],
         [("a.b", {"jpg": b""})],
+        [("a/", {"jpg": b""})],
         [("a", {"jpg": b""}), ("b", {"jpg": b""}), ("a", {"jpg": b""})],
         [("a", {})],
         [("a" * 200, {"jpg": b""})],
     ],
-    ids=["empty", "dot", "twice", "no members", "long"],
+    ids=["empty", "dot", "no name", "twice", "no members", "long"],
 )
 def test_what_readers_would_misread_is_refused(samples: list[tuple[str, dict[str, bytes]]], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"key of its own|too long"):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from blip.datamodules.images import MAX_BYTES, ImageError, decode
 from blip.datamodules.layouts.media import CLIP_ENDINGS, PICTURE_ENDINGS, Media
 from blip.datamodules.scan import MAX_TEXT_BYTES
-from blip.datamodules.tars import write_tar
+from blip.datamodules.tars import picture_suffix, write_tar
 from blip.datamodules.video import MAX_CLIP_BYTES
 from blip.text import clean_caption
 
@@ -213,9 +213,8 @@ def _read(names: tuple[str, ...], media: Media, clips: bool) -> tuple[str, bytes
 def _picture_ending(data: bytes) -> str:
     """The member's ending by what the bytes are, once they decode; ImageError for what has no place in shards."""
     decode(data)
-    for start, ending in ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp")):
-        if data.startswith(start):
-            return ending
+    if (ending := picture_suffix(data)) is not None:
+        return ending
     raise ImageError("of a kind that shards do not hold", "shards hold JPEG, PNG and WebP; convert it to one of these")
 
 

@@ -1,0 +1,71 @@
+"""The commands over CapFilt's records as they are typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blip.cli import main
+from blip.datamodules.index import Index, open_index
+from tests.datamodules.making import write_shards
+from tests.datamodules.scoring import write_pass
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in arguments])
+    return (status, *capsys.readouterr())
+
+
+@pytest.fixture
+def index(tmp_path) -> Index:
+    return open_index(write_shards(tmp_path / "data", [6, 4], texts=2))
+
+
+@pytest.fixture
+def records(index, tmp_path) -> Path:
+    """Web texts score 0.9 beside the first six pictures, what is written 0.6 throughout; `itc` is 0.35 of the first texts."""
+
+    def score(picture: int, source: str, number: int) -> dict[str, float]:
+        itm = 0.6 if source == "synthetic" else 0.9 if picture < 6 else 0.1
+        return {"itm": itm, "itc": 0.35 if number == 0 else 0.25}
+
+    return write_pass(tmp_path / "pass", index, score, ("itm", "itc"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "10 pictures, texts: 10 synthetic, 12 web; shards: 2 written, 0 were there, 0 keep no text"),
+        (["--threshold", 0.7], "6 pictures, texts: 12 web; shards: 1 written, 0 were there, 1 keep no text"),
+        (["--share", 0.2], "6 web; shards: 1 written"),
+        (["--score", "itc", "--threshold", 0.3], "10 pictures, texts: 10 synthetic, 10 web; shards: 2 written"),
+        (
+            ["--score", "itm", "--score", "itc", "--combine", "unanimous", "--threshold", 0.3],
+            "texts: 10 synthetic, 6 web",
+        ),
+        (["--sources", "synthetic"], "10 pictures, texts: 10 synthetic; shards: 2 written"),
+        (["--control"], "10 pictures, texts: 22 web; shards: 2 written"),
+    ],
+)
+def test_materialize_says_what_a_view_keeps(capsys, records, tmp_path, options, said):
+    shards = tmp_path / "data" / "*.tar"
+    status, out, err = run(
+        capsys, "data", "materialize", shards, "--records", records, *options, "--out", tmp_path / "out"
+    )
+    assert (status, err) == (0, "")
+    assert said in out
+    again = run(capsys, "data", "materialize", shards, "--records", records, *options, "--out", tmp_path / "out")[1]
+    assert "0 pictures, texts: none; shards: 0 written" in again
+
+
+def test_a_mistake_of_materialize_is_one_line(capsys, records, tmp_path):
+    shards = tmp_path / "data" / "*.tar"
+    for options, said in (
+        (["--records", records, "--threshold", 0.5, "--share", 0.5], "a threshold or a share"),
+        (["--records", tmp_path], "no records there"),
+        (["--records", records, "--score", "cosine"], "no score ['cosine']"),
+    ):
+        status, out, err = run(capsys, "data", "materialize", shards, *options, "--out", tmp_path / "out")
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert said in err
