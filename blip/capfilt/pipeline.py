@@ -1,0 +1,196 @@
+"""CapFilt (paper, section 3.3): from a small clean set and a large noisy one to a cleaner one and a better model.
+
+    pretrain -> finetune_captioner, finetune_filter (or finetune_shared: Table 4) -> generate -> filter -> repretrain
+
+What `pipeline=capfilt` runs: the driver, an ordinary process that starts every stage as a step (steps.py) and waits for it. What a
+stage trains on, and how long, is said in conf/stage/NAME.yaml; here is what goes from one to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from blip.capfilt.steps import COMMAND, Step, Steps, composed, override
+from blip.datamodules.locations import expand
+from blip.main import replace
+
+STAGES = ("pretrain", "finetune_captioner", "finetune_filter", "finetune_shared", "generate", "filter", "repretrain")
+PASSES = ("generate", "filter")
+# Of what a command line says: what is the driver's own, and what is also for passes over shards, which train nothing.
+FOR_DRIVER = ("pipeline", "name=", "hydra.", "hydra/", "stage", "resume")
+FOR_PASSES = ("seed=", "paths.")
+
+
+class CapFilt:
+    """The driver of CapFilt's stages; its options stand in conf/pipeline/capfilt.yaml.
+
+    root: working directory of the steps; weights: a model in place of the first stage; captioner, filter: in place of a fine-tuned
+    stages: those to run (default: all), the others must be finished; rounds: how often the web is captioned and filtered
+    shared: one model is captioner and filter; control: re-train on as many texts, not cleaned; continuing: re-train the first model
+    web: names of the sources of `pretrain` that are captioned and filtered; view: which of their texts are kept
+    launcher, resources: see `Steps`; jobs: of `generate` and `filter`; overrides: stage -> overrides of it alone
+    """
+
+    def __init__(
+        self,
+        root: str,
+        stages: Sequence[str] | None,
+        rounds: int,
+        weights: str | None,
+        captioner: str | None,
+        filter: str | None,
+        shared: bool,
+        control: bool,
+        continuing: bool,
+        web: Sequence[str],
+        view: Mapping[str, Any],
+        launcher: str,
+        jobs: Mapping[str, int],
+        resources: Mapping[str, Mapping[str, Any]],
+        overrides: Mapping[str, Sequence[str]],
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        self.tune: dict[str, set[str]] = {"finetune_captioner": {"captioner"}, "finetune_filter": {"filter"}}
+        if shared:
+            self.tune = {"finetune_shared": {"captioner", "filter"}}
+        known = [stage for stage in STAGES if not stage.startswith("finetune") or stage in self.tune]
+        for what, names in (("pipeline.stages", stages or ()), ("pipeline.overrides", overrides)):
+            if unknown := sorted(set(names) - set(known)):
+                raise ValueError(f"{what}: {', '.join(unknown)} is none of {', '.join(known)}")
+        if rounds < 1:
+            raise ValueError(f"pipeline.rounds={rounds}: at least 1")
+        self.root, self.rounds, self.weights = Path(root), rounds, weights
+        self.given = {role: path for role, path in (("captioner", captioner), ("filter", filter)) if path}
+        needless = {"pretrain"} if weights else set()
+        needless |= {name for name, roles in self.tune.items() if roles.issubset(self.given)}
+        self.stages = [stage for stage in known if stage in (stages or known) and stage not in needless]
+        self.control, self.continuing, self.web, self.view = control, continuing, list(web), dict(view)
+        self.launcher, self.jobs, self.resources, self.command = launcher, jobs, resources, command
+        self.overrides = {stage: tuple(said) for stage, said in overrides.items()}
+        self.for_all: tuple[str, ...] = ()
+
+    def run(self, folder: Path) -> None:
+        """Runs what is not finished; leaves summary.json and the report in `folder`."""
+        said = folder / ".hydra" / "overrides.yaml"
+        if said.exists():
+            self.for_all = tuple(o for o in map(str, OmegaConf.load(said)) if not o.lstrip("+~").startswith(FOR_DRIVER))
+        steps = Steps(folder, self.root, self.launcher, self.resources, self.command)
+        try:
+            with FileLock(folder / "driver.lock", timeout=0):
+                self.go(steps)
+        except Timeout:
+            raise ValueError(f"{folder}: another driver is at work there; wait for it, or end it first") from None
+        except ValueError as error:
+            raise ValueError(f"{error}\n  When that is mended, go on with: python run.py resume={folder}") from None
+        except (SystemExit, KeyboardInterrupt) as stopped:
+            print(f"stopped; what is done until then is kept; go on with: python run.py resume={folder}", flush=True)
+            sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)
+
+    def go(self, steps: Steps) -> None:
+        """Runs group after group until no stage that was asked for is left."""
+        rounds = {stage: 1 if stage == "pretrain" else self.rounds for stage in self.stages}
+        plan = self.plan()
+        with contextlib.suppress(StopIteration):
+            group = next(plan)
+            while True:
+                folders = steps.run(*group, only=self.stages)
+                for step in group:
+                    if step.stage in rounds:
+                        rounds[step.stage] -= 1
+                if not any(rounds.values()):
+                    break
+                group = plan.send(folders)
+        summary = [row(name, folder) for name, folder in steps.done.items()]
+        replace(steps.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        for line in table(summary):
+            print(line, flush=True)
+
+    def plan(self) -> Generator[list[Step], list[Path], None]:
+        """The steps in their order, those together that may run side by side; gets the folders of each group back."""
+        pretrained = Path(self.weights) if self.weights else weights_in((yield [self.training("pretrain", 1)])[0])
+        model = pretrained
+        for number in range(1, self.rounds + 1):
+            models = {role: Path(path) for role, path in self.given.items()}
+            tune = {name: roles for name, roles in self.tune.items() if not roles.issubset(models)}
+            if tune:
+                folders = yield [self.training(name, number, {"ckpt": model}) for name in tune]
+                for roles, folder in zip(tune.values(), folders, strict=True):
+                    models = dict.fromkeys(roles, weights_in(folder)) | models
+            captioner = {"stage.captioners.captioner.checkpoint": models["captioner"]}
+            (synthetic,) = yield [self.over_shards("generate", number, captioner)]
+            judge = {"stage.scorers.filter.checkpoint": models["filter"]}
+            (records,) = yield [self.over_shards("filter", number, {"stage.synthetic": [synthetic], **judge})]
+            kept: dict[str, Any] = {f"data.sources.{at}.view.records": records for at, _ in self.web_sources()}
+            again = self.training("repretrain", number, kept | ({"ckpt": pretrained} if self.continuing else {}))
+            model = weights_in((yield [again])[0])
+
+    def training(self, stage: str, number: int, uses: Mapping[str, Any] | None = None) -> Step:
+        return Step(stage, named(stage, number), self.said(stage), uses or {})
+
+    def over_shards(self, stage: str, number: int, uses: Mapping[str, Any]) -> Step:
+        """`generate` or `filter`, over the shards of the sources that are the web."""
+        shards = override(
+            "stage.shards", list(dict.fromkeys(s for _, source in self.web_sources() for s in shards_of(source)))
+        )
+        workers = max(1, self.jobs.get(stage, 1))
+        return Step(
+            stage, named(stage, number), (*self.said(stage), shards), uses, workers, "records", ("manifest.json",)
+        )
+
+    def said(self, stage: str) -> tuple[str, ...]:
+        """Overrides of a stage: what it is, what the command line says to all, what the pipeline's config says to it."""
+        view: list[str] = []
+        if stage == "repretrain":
+            wanted = {**self.view, **({"control": True} if self.control else {})}
+            view = [override(f"data.sources.{at}.view", wanted) for at, _ in self.web_sources()]
+        for_all = [said for said in self.for_all if stage not in PASSES or said.lstrip("+").startswith(FOR_PASSES)]
+        return (f"stage={stage}", *for_all, *view, *self.overrides.get(stage, ()))
+
+    def web_sources(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """(position, source) of the web among what `repretrain` reads. ValueError where there is none of that name."""
+        stage = "repretrain"
+        cfg = composed([f"stage={stage}", *self.for_all, *self.overrides.get(stage, ())], self.root)
+        sources: Any = OmegaConf.to_container(cfg.data.sources, resolve=True)
+        found = [(at, source) for at, source in enumerate(sources) if source["name"] in self.web]
+        if len(found) < len(self.web):
+            names = ", ".join(source["name"] for source in sources)
+            raise ValueError(f"pipeline.web={self.web}: the sources of {stage} are {names}")
+        return found
+
+
+def named(stage: str, number: int) -> str:
+    """What a stage is called in a round; the first has no number."""
+    return stage if number == 1 else f"{stage}_{number}"
+
+
+def shards_of(source: Mapping[str, Any]) -> list[str]:
+    """Patterns of the shards of a source; of one that names them in phases alone, the shards themselves, each once."""
+    if source.get("shards"):
+        return [source["shards"]] if isinstance(source["shards"], str) else list(source["shards"])
+    said = [phase["shards"] for phase in source["phases"]]
+    patterns = [pattern for one in said for pattern in ([one] if isinstance(one, str) else one)]
+    return list(dict.fromkeys(shard for pattern in patterns for shard in expand(pattern)))
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights that a training step leaves to others: the best, where it looked for them, else the last."""
+    best = folder / "checkpoints" / "best.ckpt"
+    return best if best.exists() else folder / "checkpoints" / "last.ckpt"
+
+
+def row(name: str, folder: Path) -> dict[str, Any]:
+    """What the summary says of a finished step."""
+    finished = json.loads((folder / "finished.json").read_text())
+    return {"stage": name, "seconds": finished["seconds"], "folder": str(folder)}
+
+
+def table(summary: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{line['stage']:>18} {line['seconds']:8.0f} s  {line['folder']}" for line in summary]
