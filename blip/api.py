@@ -27,7 +27,7 @@ import numpy as np
 import PIL.Image
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip.datamodules.files import Place
 from blip.datamodules.images import ImageError, decode, resize_square
@@ -111,7 +111,10 @@ def load(
 
 
 class Model:
-    """What `load` returns. `parts` are those of the checkpoint, in words; a method that needs one it lacks says so."""
+    """What `load` returns. `parts` are those of the checkpoint, in words; a method that needs one it lacks says so.
+
+    fingerprint: a digest of the weights, equal for equal models, whatever their file is called.
+    """
 
     def __init__(self, weights: Weights, tokenizer: Tokenizer, device: torch.device, precision: str) -> None:
         if precision not in ("float32", "bfloat16"):
@@ -132,17 +135,11 @@ class Model:
             VQA(config) if answers else BLIP(config, "ITM head" in self.parts, "text decoder" in self.parts)
         )
         self.report = fill(self.network, weights)
+        self.fingerprint = _digest(self.network)
+        if precision == "bfloat16":
+            _halve(self.network)
         self.network.to(device).eval().requires_grad_(False)
         self.image_size = config.vit.image_size
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A digest of the weights: equal for equal models, whatever their file is called."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
     @cached_property
     def identity(self) -> str:
@@ -376,6 +373,22 @@ def _decoding(node: Mapping[str, Any], changed: Mapping[str, Any]) -> Decoding:
     if unknown := set(changed) - known:
         raise ValueError(f"decoding has no {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
     return Decoding(**{name: value for name, value in {**node, **changed}.items() if name in known})
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _halve(network: nn.Module) -> None:
+    """Holds what autocast multiplies with in bfloat16, so that it is not rounded anew at each call, and at each token."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
 
 
 def _seed(seed: int, pixels: np.ndarray) -> int:
