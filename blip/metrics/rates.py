@@ -40,16 +40,18 @@ def f1(true_positives: int, false_positives: int, false_negatives: int) -> Rate:
     return Rate(*(2 * each / (1 + each) for each in found))
 
 
-def auc(scores: ArrayLike, positive: ArrayLike) -> Rate:
+def auc(scores: ArrayLike, positive: ArrayLike, groups: ArrayLike | None = None) -> Rate:
     """How often a positive case scores above a negative one, equal scores counting half: the area under the ROC curve.
 
     scores [N], no NaN; positive [N], bool. The interval is DeLong's (1988), by midranks (Sun and Xu, 2014), on the logit, so that it
     stays within 0 and 1; where every positive lies above every negative the variance is unknown, and the free end is the exact
     one-sided 2.5 % bound for as many trials as the smaller class has cases. NONE where one class is empty.
+    groups [N]: cases of one number vary together, as the texts of one picture do; the variance is then Obuchowski's (1997).
     """
     scores, positive = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
     if scores.shape != positive.shape or scores.ndim != 1 or np.isnan(scores).any():
         raise ValueError(f"scores {scores.shape} and positive {positive.shape} must be one number and one class a case")
+    group = np.arange(len(scores)) if groups is None else np.unique(groups, return_inverse=True)[1]
     m, n = int(positive.sum()), int((~positive).sum())
     if not m or not n:
         return NONE
@@ -57,10 +59,19 @@ def auc(scores: ArrayLike, positive: ArrayLike) -> Rate:
     above = (among_all[positive] - _midranks(scores[positive])) / n  # [m], share of the negatives below each positive
     below = 1 - (among_all[~positive] - _midranks(scores[~positive])) / m  # [n], of the positives above each negative
     area = float(above.mean())
+    # [G], deviations of each group's positives, and of its negatives
+    sums = [
+        np.bincount(group[of], each - area, group.max() + 1) for of, each in ((positive, above), (~positive, below))
+    ]
+    sizes = [len(np.unique(group[of])) for of in (positive, ~positive)]  # groups that have any
     if area in (0.0, 1.0):
-        bound = 0.025 ** (1 / min(m, n))
+        bound = 0.025 ** (1 / min(sizes))
         return Rate(area, bound if area else 0.0, 1.0 if area else 1 - bound)
-    variance = sum(float(each.var(ddof=1)) / len(each) if len(each) > 1 else 0.25 for each in (above, below))
+    groups_in_all = len(sums[0])
+    variance = 2 * groups_in_all / max(groups_in_all - 1, 1) * float(sums[0] @ sums[1]) / (m * n)
+    for total, size, count in zip(sums, sizes, (m, n), strict=True):
+        variance += size / (size - 1) * float(total @ total) / count**2 if size > 1 else 0.25
+    variance = max(variance, 0.0)
     logit, half = math.log(area / (1 - area)), Z * math.sqrt(variance) / (area * (1 - area))
     return Rate(area, _logistic(logit - half), _logistic(logit + half))
 

@@ -44,6 +44,32 @@ def test_the_interval_of_the_area_holds_the_true_area_in_95_of_100_draws() -> No
     assert 0.925 <= inside / 400 <= 0.985
 
 
+def test_cases_that_vary_together_count_as_what_they_are() -> None:
+    """Each of 60 pictures with four texts of one common score and truth: as uncertain as 60 texts, not as 240."""
+    rng = np.random.default_rng(2)
+    positive = np.arange(60) < 25
+    scores = rng.standard_normal(60) + positive
+    once, repeated = (
+        auc(scores, positive),
+        auc(np.repeat(scores, 4), np.repeat(positive, 4), np.repeat(np.arange(60), 4)),
+    )
+    assert repeated == pytest.approx(once)
+    assert auc(scores, positive, np.arange(60)[::-1]) == once
+    apart = auc(np.repeat(scores, 4), np.repeat(positive, 4))
+    assert apart.high - apart.low < 0.6 * (once.high - once.low)
+
+
+def test_the_interval_of_groups_with_both_classes_holds_the_true_area_in_95_of_100_draws() -> None:
+    rng = np.random.default_rng(3)
+    positive, picture = np.tile([True, False, False], 50), np.repeat(np.arange(50), 3)
+    inside, true = 0, 0.921350  # within a picture scores are correlated, which the area among all pictures does not see
+    for _ in range(400):
+        noise = np.sqrt(0.6) * rng.standard_normal(50)[picture] + np.sqrt(0.4) * rng.standard_normal(150)
+        found = auc(noise + 2 * positive, positive, picture)
+        inside += found.low <= true <= found.high
+    assert 0.925 <= inside / 400 <= 0.985
+
+
 def test_perfect_separation_of_few_cases_is_no_certainty() -> None:
     found = auc(np.arange(10), np.arange(10) >= 5)
     assert found.value == found.high == 1.0
