@@ -18,8 +18,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from blip.capfilt.report import write_report
 from blip.capfilt.steps import COMMAND, Step, Steps, composed, override
 from blip.datamodules.locations import expand
+from blip.datamodules.views import View
 from blip.main import replace
 
 STAGES = ("pretrain", "finetune_captioner", "finetune_filter", "finetune_shared", "generate", "filter", "repretrain")
@@ -108,10 +110,19 @@ class CapFilt:
                 if not any(rounds.values()):
                     break
                 group = plan.send(folders)
-        summary = [row(name, folder) for name, folder in steps.done.items()]
-        replace(steps.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        for line in table(summary):
-            print(line, flush=True)
+        self.conclude(steps)
+
+    def conclude(self, steps: Steps) -> None:
+        """Writes a report for each filter step and the summary, and prints the latter."""
+        rows = [row(step, folder) for step, folder in steps.done]
+        for at, (step, folder) in enumerate(steps.done):
+            if step.stage == "filter":
+                view = View(records=str(folder), **self.view)
+                out = steps.folder / f"{step.name.replace('filter', 'report')}.html"
+                numbers = write_report(out, view, title=f"CapFilt: {steps.folder.name}", costs=rows[:at])
+                rows[at] |= {"kept": numbers["all/kept"], "report": str(out)}
+        replace(steps.folder / "summary.json", json.dumps(rows, indent=1) + "\n")
+        print(*table(rows), *(about["report"] for about in rows if "report" in about), sep="\n", flush=True)
 
     def plan(self) -> Generator[list[Step], list[Path], None]:
         """The steps in their order, those together that may run side by side; gets the folders of each group back."""
@@ -186,11 +197,28 @@ def weights_in(folder: Path) -> Path:
     return best if best.exists() else folder / "checkpoints" / "last.ckpt"
 
 
-def row(name: str, folder: Path) -> dict[str, Any]:
-    """What the summary says of a finished step."""
-    finished = json.loads((folder / "finished.json").read_text())
-    return {"stage": name, "seconds": finished["seconds"], "folder": str(folder)}
+def row(step: Step, folder: Path) -> dict[str, Any]:
+    """What the summary says of a finished step: seconds; of a pass pictures, texts in and broken; of a training step pairs seen."""
+    about = {"stage": step.name, "seconds": json.loads((folder / "finished.json").read_text())["seconds"]}
+    if step.workers:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        about |= {"pictures": manifest["pictures"], "broken": sum(manifest["broken"].values())}
+        about |= {f"texts/{source}": count for source, count in manifest["rows"].items()}
+    else:
+        config = json.loads((folder / "step.json").read_text())["config"]
+        steps, accumulated = config["trainer.max_steps"], config["trainer.accumulate_grad_batches"]
+        if steps > 0:
+            about["pairs"] = steps * accumulated * config["data.batch_size"]
+    return about | {"folder": str(folder)}
 
 
-def table(summary: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [f"{line['stage']:>18} {line['seconds']:8.0f} s  {line['folder']}" for line in summary]
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The summary in lines of text."""
+    lines = [f"{'stage':>18} {'seconds':>9} {'in':>22} {'kept':>12}"]
+    for about in rows:
+        texts = sum(count for key, count in about.items() if key.startswith("texts/"))
+        told = f"{about['pairs']:,} pairs" if "pairs" in about else f"{about.get('pictures', 0):,} pictures"
+        told = f"{texts:,} texts" if "kept" in about else told if "pairs" in about or "pictures" in about else ""
+        kept = f"{about['kept']:,}" if "kept" in about else f"{texts:,}" if texts else ""
+        lines.append(f"{about['stage']:>18} {about['seconds']:9,.0f} {told:>22} {kept:>12}")
+    return lines

@@ -26,7 +26,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -58,6 +57,7 @@ UNTOLD = (
     "subprocess.Called",
     "Set the environment variable",
 )
+POLL = 0.2  # seconds between looks at what is running
 PATIENCE = 300  # seconds that a step which was told to stop has for its checkpoint
 
 
@@ -110,7 +110,7 @@ class Steps:
     ) -> None:
         self.folder, self.root, self.launcher = folder, root, launcher
         self.resources, self.command = dict(resources or {}), tuple(command)
-        self.done: dict[str, Path] = {}  # name -> folder, in the order in which they were asked for
+        self.done: list[tuple[Step, Path]] = []  # all that were asked for, in their order
 
     def run(self, *steps: Step, only: Collection[str] | None = None) -> list[Path]:
         """Runs side by side those that are not finished; the folders of all.
@@ -132,16 +132,15 @@ class Steps:
                 say(step.name, f"is run anew{differs}")
             start.append((step, folder, decided))
         threads = len(os.sched_getaffinity(0)) // max(1, sum(max(1, step.workers) for step, *_ in start))
-        with told_to_stop():
-            running: list[Running] = []
-            try:
-                for step, folder, decided in start:
-                    running.append(self.start(step, folder, decided, max(1, threads)))
-                wait(running)
-            except BaseException:
-                end(running)
-                raise
-        self.done |= {step.name: folder for step, folder in zip(steps, folders, strict=True)}
+        running: list[Running] = []
+        try:
+            for step, folder, decided in start:
+                running.append(self.start(step, folder, decided, max(1, threads)))
+            wait(running)
+        except BaseException:  # a step has failed, or the driver is told to end
+            end(running)
+            raise
+        self.done += zip(steps, folders, strict=True)
         return folders
 
     def start(self, step: Step, folder: Path, decided: Mapping[str, Any], threads: int) -> Running:
@@ -149,7 +148,7 @@ class Steps:
         folder.mkdir(parents=True, exist_ok=True)
         log, about = folder / "log.txt", folder / "step.json"
         with open(log, "ab") as file:
-            wait_for(file.fileno(), step.name)
+            wait_for(file.fileno(), step, folder)
             for config in (folder / "config.yaml", *folder.glob("jobs/*/config.yaml")):
                 config.unlink(missing_ok=True)  # would refuse other paths, and the key says what matters
             before = json.loads(about.read_text()) if about.exists() else None
@@ -298,35 +297,35 @@ def changes(folder: Path, decided: Mapping[str, Mapping[str, Any]]) -> str:
 # Starting, watching, ending ---------------------------------------------------------------------------------------
 
 
-class Stopped(SystemExit):
-    """The driver got SIGTERM."""
-
-
-@contextlib.contextmanager
-def told_to_stop() -> Iterator[None]:
-    """SIGTERM raises, as SIGINT does, so that what was started is ended first."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def wait_for(file: int, name: str) -> None:
-    """Takes the lock on a log, which those that write it inherit; while an earlier attempt holds it, waits."""
-    told = False
+def wait_for(file: int, step: Step, folder: Path) -> None:
+    """Waits for an earlier attempt, telling what it prints; then has the lock on the log, which whoever writes it inherits."""
+    told: dict[Path, int] | None = None
     while True:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        jobs: list[str] = []
+        if free(file) and not (jobs := queued(folder)):
             return
-        if not told:
-            say(name, "is still at work from an earlier start; waits until that has ended")
-        told = True
-        time.sleep(0.2)
+        if told is None:
+            say(step.name, f"is still at work from an earlier start {' '.join(jobs)}; waits for its end")
+            told = {path: path.stat().st_size for path in logs(folder)}
+        tell(step, folder, told)
+        time.sleep(10 * POLL if jobs else POLL)
+
+
+def queued(folder: Path) -> list[str]:
+    """Slurm's numbers of the jobs of a step that have not ended. ValueError where they cannot be asked for."""
+    ours = {path.name.partition("_")[0] for path in folder.glob(".submitit/*")}
+    if not ours:
+        return []
+    try:
+        done = subprocess.run(
+            ["squeue", "--me", "--noheader", "--format=%F"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        told = getattr(error, "stderr", "") or error
+        raise ValueError(
+            f"{folder}: whether its jobs {sorted(ours)} have ended can't be asked for: squeue: {told}"
+        ) from None
+    return sorted(ours & set(done.stdout.split()))
 
 
 def wait(running: list[Running]) -> None:
@@ -335,7 +334,7 @@ def wait(running: list[Running]) -> None:
     while left:
         for one in list(left):
             code = one.process.poll()
-            tell(one)
+            tell(one.step, one.folder, one.told, whole=code is not None)
             if code is None:
                 continue
             missing = [name for name in one.step.needs if not (one.folder / name).exists()]
@@ -344,7 +343,7 @@ def wait(running: list[Running]) -> None:
                 raise ValueError(f"{one.step.name} failed (its log: {one.folder / 'log.txt'}):\n{reason}")
             finish(one)
             left.remove(one)
-        time.sleep(0.1)
+        time.sleep(POLL)
 
 
 def finish(one: Running) -> None:
@@ -354,25 +353,39 @@ def finish(one: Running) -> None:
     say(one.step.name, f"finished after {seconds:.0f} s")
 
 
-def end(running: list[Running]) -> None:
-    """Tells those still at work to stop and waits until they have, jobs that their process has left behind included."""
-    for one in running:
-        if one.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(one.process.pid, signal.SIGTERM)
-    for one in running:
+def end(running: Sequence[Running]) -> None:
+    """Tells those still at work to stop and waits until they have: the processes that a step's own has left behind, too."""
+    left = [one for one in running if one.process.poll() is None]
+    for one in left:
+        say(one.step.name, "is told to stop")
+        kill(one, signal.SIGTERM)
+        if jobs := queued(one.folder):
+            subprocess.run(["scancel", *jobs], check=False)
+    for one in left:
         until = time.monotonic() + PATIENCE
         with open(one.folder / "log.txt", "ab") as file:
-            while True:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
+            while not free(file.fileno()) or queued(one.folder):
                 if time.monotonic() > until:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(one.process.pid, signal.SIGKILL)
-                time.sleep(0.1)
+                    kill(one, signal.SIGKILL)
+                tell(one.step, one.folder, one.told)
+                time.sleep(POLL)
         one.process.wait()
-        tell(one)
+        tell(one.step, one.folder, one.told, whole=True)
+
+
+def kill(one: Running, number: int) -> None:
+    """Sends a signal to the process of a step and to all that it has started here."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(one.process.pid, number)
+
+
+def free(log: int) -> bool:
+    """Takes the lock on a log, which those who write it inherit; False where one of them is left."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # What steps print -------------------------------------------------------------------------------------------------
@@ -391,17 +404,17 @@ def logs(folder: Path) -> list[Path]:
     ]
 
 
-def tell(one: Running) -> None:
-    """Says the lines that came since."""
-    for path in logs(one.folder):
+def tell(step: Step, folder: Path, told: dict[Path, int], whole: bool = False) -> None:
+    """Says the lines that came since `told`, which is moved on; `whole`: nothing more comes, so a line without end is one."""
+    for path in logs(folder):
         with open(path, "rb") as file:
-            file.seek(one.told.setdefault(path, 0))
+            file.seek(told.setdefault(path, 0))
             new = file.read()
-        whole = new[: new.rfind(b"\n") + 1] if one.process.returncode is None else new
-        one.told[path] += len(whole)
-        for line in whole.decode(errors="replace").splitlines():
+        new = new if whole else new[: new.rfind(b"\n") + 1]
+        told[path] += len(new)
+        for line in new.decode(errors="replace").splitlines():
             if line.strip() and not line.startswith(UNTOLD):
-                say(one.step.name, line)
+                say(step.name, line)
 
 
 def error_of(one: Running) -> str:
