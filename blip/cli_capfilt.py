@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+FOLDERS = "the folder of a filter pass; several, of the same texts, are combined"
+
 
 def add_materialize(data: Any, progress: Callable[[int, int, str], None]) -> None:
     """Adds the command to those of `blip data`."""
@@ -16,6 +18,7 @@ def add_materialize(data: Any, progress: Callable[[int, int, str], None]) -> Non
     command.add_argument("shards", nargs="+", metavar="SHARDS", help="what the pass was given: files, patterns or URLs")
     command.add_argument("--index", help="an index file made elsewhere")
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the tars go")
+    command.add_argument("--records", nargs="+", type=Path, required=True, metavar="FOLDER", help=FOLDERS)
     _add_view(command)
     command.add_argument("--threshold", type=float, help="least score of a text that is kept (default: 0.5)")
     command.add_argument("--share", type=float, help="in place of a threshold: this share of the texts, the best")
@@ -28,14 +31,7 @@ def add_materialize(data: Any, progress: Callable[[int, int, str], None]) -> Non
 
 
 def _add_view(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--records",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="of a filter pass; several are combined",
-    )
+    """Which scores of which texts."""
     command.add_argument(
         "--score", action="append", metavar="COLUMN", help="itm (default), itc, ...; also several times"
     )
@@ -70,3 +66,64 @@ def materialize_view(options: argparse.Namespace) -> int:
     print(f"{options.out}: {written.pictures} pictures, texts: {texts}; shards: {written.shards} written, ", end="")
     print(f"{written.there} were there, {written.empty} keep no text")
     return 0
+
+
+def add_calibrate(commands: Any) -> None:
+    """Adds the command to the parser of `blip`."""
+    command = commands.add_parser("calibrate", help="find a filter's threshold", description=calibrate_filter.__doc__)
+    command.add_argument("records", nargs="+", type=Path, metavar="RECORDS", help=FOLDERS)
+    _add_view(command)
+    truth = command.add_mutually_exclusive_group(required=True)
+    truth.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="CSV or JSON lines: shard, key, label (1 fits, 0 does not), number, captioner",
+    )
+    truth.add_argument("--truth", action="store_true", help="of the embedded world, whose truth is recorded")
+    command.add_argument(
+        "--shards", nargs="+", help="where the truth is read (default: where the pass read its pictures)"
+    )
+    for name, meaning in (
+        ("precision", "the threshold that keeps most at this precision"),
+        ("recall", "the most precise threshold at this recall"),
+        ("threshold", "what this threshold gives"),
+    ):
+        command.add_argument(
+            f"--{name}", type=float, action="append", default=[], help=f"{meaning}; also several times"
+        )
+    command.add_argument("--out", type=Path, default=Path("calibration.png"), help="the PNG (default: %(default)s)")
+    command.set_defaults(run=calibrate_filter)
+
+
+def calibrate_filter(options: argparse.Namespace) -> int:
+    """Finds a threshold for stored scores from labelled texts: prints AUC and thresholds as JSON, draws precision and recall over them.
+
+    Kept is what scores at least a threshold; precision is the share of the kept texts that fit their picture, recall the share of the
+    fitting texts that are kept.
+    """
+    import json
+
+    from blip.capfilt.calibrate import calibrate, draw, known, labelled, read_labels
+
+    view = _view(options)
+    if options.labels is not None:
+        cases = labelled(view, read_labels(options.labels))
+    else:
+        cases = known(view, _index(view.folders[0], options.shards))
+    found = calibrate(cases, options.precision, options.recall, options.threshold)
+    score = " and ".join(view.scores) if len(view.scores) == 1 else f"{view.combine} of {' and '.join(view.scores)}"
+    draw(cases, options.out, score, found)
+    print(json.dumps({"score": score, **found, "curve": str(options.out)}, indent=1))
+    return 0
+
+
+def _index(folder: Path, shards: list[str] | None) -> Any:
+    """The index of the shards of a pass, or of these."""
+    from blip.capfilt.manifest import description
+    from blip.datamodules.index import open_index
+
+    if shards:
+        return open_index(shards)
+    told = description(folder)
+    return open_index(told["shards"], told.get("index"))

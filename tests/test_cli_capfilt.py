@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,48 @@ def test_a_mistake_of_materialize_is_one_line(capsys, records, tmp_path):
         status, out, err = run(capsys, "data", "materialize", shards, *options, "--out", tmp_path / "out")
         assert (status, out, err.count("\n")) == (1, "", 1)
         assert said in err
+
+
+def test_calibrate_prints_thresholds_and_draws_them(capsys, records, tmp_path):
+    """Beside the first six pictures the web's texts fit, beside the others none does; what is written fits beside even ones."""
+    rows = [
+        {"shard": f"{n // 6:05d}.tar", "key": f"{n:05d}", "number": 0, "captioner": by, "label": int(fits)}
+        for n in range(10)
+        for by, fits in (("", n < 6), ("tiny", n % 2 == 0))
+    ]
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [
+        "--labels",
+        labels,
+        "--precision",
+        1.0,
+        "--recall",
+        0.9,
+        "--threshold",
+        0.5,
+        "--out",
+        tmp_path / "curve.png",
+    ]
+    status, out, err = run(capsys, "calibrate", records, *options)
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert (found["texts"], found["fitting"], found["pictures"], found["score"]) == (20, 11, 10, "itm")
+    assert found["precision_1"]["threshold"] == 0.9
+    assert found["best_f1"]["threshold"] == found["recall_0.9"]["threshold"] == 0.6
+    assert found["best_f1"]["recall"]["value"] == 1.0
+    assert found["threshold_0.5"]["precision"]["value"] == pytest.approx(11 / 16)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mistake_of_calibrate_is_one_line(capsys, records, tmp_path):
+    (tmp_path / "labels.csv").write_text("shard,key,label\n00000.tar,nobody,1\n")
+    for options, said in (
+        (["--labels", tmp_path / "none.csv"], "No such file"),
+        (["--labels", tmp_path / "labels.csv"], "no label names a text"),
+        (["--truth"], "none of the embedded world"),
+    ):
+        status, out, err = run(capsys, "calibrate", records, *options, "--out", tmp_path / "curve.png")
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert said in err
+    assert not (tmp_path / "curve.png").exists()

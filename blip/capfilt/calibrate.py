@@ -1,0 +1,258 @@
+"""A threshold for a filter from texts that somebody labelled: what each threshold keeps, how well the score tells, a picture of both.
+
+    labelled(view, labels) -> Cases         the labels of a file, put to the rows of the records
+    known(view, index) -> Cases             the same of the embedded world, where truth is recorded
+    calibrate(cases, ...) -> {name: value}  AUC, the threshold of the best F1, those for a wanted precision or recall
+    draw(cases, path, points)               precision and recall over the threshold
+
+A positive is a text that fits its picture and is kept: precision is the share of the kept texts that fit, recall the share of the
+fitting texts that are kept. (The report of a pass tells of noise that is dropped; both stand in a point of `calibrate`.) What is best
+for these labels is a little too good for others: hold other labels against it where they are few.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from blip.capfilt import records
+from blip.datamodules.index import Index
+from blip.datamodules.shapes_truth import TRUE
+from blip.datamodules.views import View, combined_scores, read_records
+from blip.metrics.rates import Rate, auc, f1, share
+
+COLUMNS = ("shard", "key", "label")
+WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+# (key, captioner or nothing, number of the text) -> whether it fits, for each shard
+Labels = Mapping[str, Mapping[tuple[str, str, int], bool]]
+
+
+class Cases(NamedTuple):
+    """Labelled texts: score [N] float32, fits [N] bool, picture [N] int64 (which one a text is of), and labels that met no text."""
+
+    score: np.ndarray
+    fits: np.ndarray
+    picture: np.ndarray
+    unmatched: int = 0
+
+
+class Curve(NamedTuple):
+    """What every threshold keeps, the highest first: threshold, kept texts and fitting ones among them, each [K]."""
+
+    threshold: np.ndarray
+    kept: np.ndarray
+    right: np.ndarray
+
+
+def read_labels(path: Path) -> Labels:
+    """Labels out of a CSV file (.csv) or JSON lines: shard, key, label, and number (default 0) and captioner of a synthetic text.
+
+    Columns are those of the records, others are passed over: a query over the records with one column more is such a file.
+    ValueError with the line where one cannot be read or says something else of a text than a line before.
+    """
+    found: dict[str, dict[tuple[str, str, int], bool]] = {}
+    done = 0
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows: Iterable[Any] = csv.DictReader(file) if path.suffix.lower() == ".csv" else map(json.loads, file)
+        try:
+            for row in rows:
+                shard, text, label = _label(row)
+                if found.setdefault(shard, {}).setdefault(text, label) != label:
+                    raise ValueError(f"the text {text} of {shard} is labelled otherwise before")
+                done += 1
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path}: row {done + 1}: {error}") from error
+    if not found:
+        raise ValueError(f"{path}: no labels there")
+    return found
+
+
+def _label(row: Mapping[str, Any]) -> tuple[str, tuple[str, str, int], bool]:
+    """(shard, text, whether it fits) of a row."""
+    if missing := [name for name in COLUMNS if row.get(name) in (None, "")]:
+        raise ValueError(f"no {', '.join(missing)}")
+    label = WORDS.get(str(row["label"]).strip().lower())
+    if label is None:
+        raise ValueError(f"label {row['label']!r} is none of {', '.join(WORDS)}")
+    return str(row["shard"]), (str(row["key"]), str(row.get("captioner") or ""), int(row.get("number") or 0)), label
+
+
+def labelled(view: View, labels: Labels) -> Cases:
+    """The scores of the labelled texts of a view's sources. ValueError where a shard has no records, or no label meets a text."""
+    parts, met = [], 0
+    for number, (shard, wanted) in enumerate(labels.items()):
+        if not records.path_of(view.folders[0], shard).is_file():
+            there = len(records.files(view.folders[0]))
+            raise ValueError(
+                f"{view.folders[0]}: no records of the shard {shard!r} that labels name ({there} other shards there)"
+            )
+        table = read_records(view, shard, ["key", "captioner", "number"])
+        texts = zip(*(table[name].to_pylist() for name in ("key", "captioner", "number")), strict=True)
+        found = [wanted.get((key, captioner or "", of)) for key, captioner, of in texts]
+        met += sum(label is not None for label in found)
+        parts.append(_cases(view, table, number, found))
+    if not met:
+        raise ValueError(
+            f"{view.folders[0]}: no label names a text of the records (by shard, key, captioner and number)"
+        )
+    return _joined(parts)._replace(unmatched=sum(map(len, labels.values())) - met)
+
+
+def known(view: View, index: Index) -> Cases:
+    """All texts of a view's sources with the embedded world's own truth. ValueError where the shards tell of none."""
+    from blip.capfilt.tally import Truths
+
+    truths, parts = Truths(index), []
+    for number, path in enumerate(records.files(view.folders[0])):
+        name = path.relative_to(view.folders[0] / "records").as_posix().removesuffix(".parquet")
+        table = read_records(view, name)
+        told = [None if found is None else found.kind == TRUE for found in truths.of(name, table)]
+        parts.append(_cases(view, table, number, told))
+    cases = _joined(parts)
+    if not len(cases.score):
+        raise ValueError(
+            f"{view.folders[0]}: its shards are none of the embedded world, whose truth is recorded; give labels"
+        )
+    return cases
+
+
+def _cases(view: View, table: Any, shard: int, labels: Sequence[bool | None]) -> Cases:
+    """The rows of a shard that have a label and a score and are of the view's sources."""
+    asked = np.array([source in view.sources for source in table["source"].to_pylist()], bool)
+    score = combined_scores(table, view)
+    rows = asked & np.isfinite(score) & np.array([label is not None for label in labels], bool)
+    fits = np.array([bool(label) for label in labels], bool)
+    return Cases(score[rows], fits[rows], (shard << 40) + table["record"].to_numpy()[rows])
+
+
+def _joined(parts: Sequence[Cases]) -> Cases:
+    if not parts:
+        return Cases(np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.int64))
+    score, fits, picture = (np.concatenate([getattr(part, name) for part in parts]) for name in Cases._fields[:3])
+    return Cases(score, fits, picture)
+
+
+# Thresholds
+
+
+def curve(cases: Cases) -> Curve:
+    """What a threshold at each of the scores that occur keeps: texts of at least that score."""
+    order = np.argsort(-cases.score, kind="stable")
+    score, right = cases.score[order], np.cumsum(cases.fits[order])
+    last = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # of each run of equal scores
+    return Curve(score[last], last + 1, right[last])
+
+
+def calibrate(
+    cases: Cases,
+    precision: Sequence[float] = (),
+    recall: Sequence[float] = (),
+    thresholds: Sequence[float] = (),
+) -> dict[str, Any]:
+    """AUC with its interval, and points by name: `best_f1`, `precision_0.95` (the one of that precision that keeps most, None where no
+    threshold has it), `recall_0.9` (the one of that recall that is most precise), `threshold_0.5` (what that one gives).
+
+    Rates are {value, low, high}, fractions with 95 % intervals. ValueError where all labels are alike.
+    """
+    positive = int(cases.fits.sum())
+    if not 0 < positive < len(cases.fits):
+        kind = "fits" if positive else "is noise"
+        raise ValueError(f"all {len(cases.fits)} labelled texts are alike (each {kind}): nothing can be told apart")
+    if wrong := [each for each in (*precision, *recall) if not 0 < each <= 1]:
+        raise ValueError(f"precision and recall are fractions above 0 and at most 1, not {wrong}")
+    found = curve(cases)
+    precisions, recalls = found.right / found.kept, found.right / positive
+    points: dict[str, Any] = {
+        "best_f1": _point(cases, found.threshold[np.argmax(2 * found.right / (found.kept + positive))])
+    }
+    for wanted in precision:
+        enough = np.flatnonzero(precisions >= wanted)
+        points[f"precision_{wanted:g}"] = _point(cases, found.threshold[enough[-1]]) if len(enough) else None
+    for wanted in recall:
+        enough = np.flatnonzero(recalls >= wanted)
+        points[f"recall_{wanted:g}"] = _point(cases, found.threshold[enough[np.argmax(precisions[enough])]])
+    for threshold in thresholds:
+        points[f"threshold_{threshold:g}"] = _point(cases, threshold)
+    return {
+        "texts": len(cases.fits),
+        "fitting": positive,
+        "pictures": len(np.unique(cases.picture)),
+        "unmatched": cases.unmatched,
+        "auc": _told(auc(cases.score, cases.fits, cases.picture)),
+        **points,
+    }
+
+
+def _point(cases: Cases, threshold: float) -> dict[str, Any]:
+    kept = cases.score >= np.float32(threshold)
+    right, wrong = int((kept & cases.fits).sum()), int((kept & ~cases.fits).sum())
+    lost, dropped = int((~kept & cases.fits).sum()), int((~kept & ~cases.fits).sum())
+    return {
+        "threshold": float(str(np.float32(threshold))),  # its shortest digits: as a view of this threshold reads it
+        "kept": (right + wrong) / len(kept),
+        "precision": _told(share(right, right + wrong)),
+        "recall": _told(share(right, right + lost)),
+        "f1": _told(f1(right, wrong, lost)),
+        "noise_precision": _told(share(dropped, dropped + lost)),
+        "noise_recall": _told(share(dropped, dropped + wrong)),
+    }
+
+
+def _told(rate: Rate) -> dict[str, float] | None:
+    """A rate as JSON; None where nothing was counted."""
+    return None if math.isnan(rate.value) else {name: round(value, 6) for name, value in rate._asdict().items()}
+
+
+# The picture
+
+
+def draw(cases: Cases, path: Path, score: str, points: Mapping[str, Any]) -> None:
+    """Precision, recall and F1 over the threshold with the points of `calibrate` marked, above the scores of fitting texts and noise."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found, positive = curve(cases), int(cases.fits.sum())
+    lines = {
+        "precision": found.right / found.kept,
+        "recall": found.right / positive,
+        "F1": 2 * found.right / (found.kept + positive),
+    }
+    figure = Figure((7, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for (name, values), colour, dashes in zip(
+        lines.items(), ("#1b6ca8", "#c8553d", "#777777"), ("-", "-", ":"), strict=True
+    ):
+        above.step(found.threshold, values, where="pre", label=name, color=colour, linestyle=dashes, linewidth=1.5)
+    for name, point in points.items():
+        if isinstance(point, Mapping) and "threshold" in point:
+            above.axvline(point["threshold"], color="black", linewidth=0.8, alpha=0.6)
+            label = f" {name.replace('_', ' ')}: {point['threshold']:.3g}"
+            above.text(point["threshold"], 0.02, label, rotation=90, fontsize=7, ha="right", va="bottom")
+    above.set_ylim(0, 1.02)
+    above.set_ylabel("of the kept texts, of the fitting ones")
+    above.grid(alpha=0.3)
+    above.legend(loc="lower center", fontsize=8, ncols=3)
+    told = points.get("auc") or {}
+    if told:
+        above.set_title(
+            f"{score}: AUC {told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f}), {len(cases.fits):,} texts"
+        )
+    edges = np.linspace(float(cases.score.min()), float(cases.score.max()) or 1.0, 51)
+    both = [cases.score[cases.fits], cases.score[~cases.fits]]
+    below.hist(both, edges, label=["fitting", "noise"], color=["#1b6ca8", "#c8553d"], stacked=True)
+    below.set_yscale("symlog", linthresh=10)
+    below.set_xlabel(f"{score}: a text is kept that has at least this")
+    below.set_ylabel("texts")
+    below.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
