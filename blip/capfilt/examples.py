@@ -19,7 +19,7 @@ from blip.datamodules.index import Index
 from blip.datamodules.shapes_truth import TRUE
 from blip.datamodules.shards import Reader, Span
 
-GALLERY, BESIDE, MISTAKES = 24, 6, 8  # examples: in all; of each label just kept and just dropped; of each kind
+GALLERY, BESIDE, MISTAKES = 24, 4, 8  # examples: in all; of each label just kept and just dropped; of each kind
 LINES = 6  # texts of one picture
 SIDE, QUALITY = 256, 78  # pixels of the longer side, JPEG
 TINY = 128  # pictures below are shown pixel by pixel

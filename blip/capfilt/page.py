@@ -64,6 +64,7 @@ svg text{font-size:10.5px;fill:var(--soft);font-family:inherit}
 .card .name{font-size:11.5px;color:var(--soft);padding:4px 12px 0;overflow-wrap:anywhere}
 .text{margin:0;padding:7px 12px;border-top:1px solid var(--line);font-size:14px;line-height:1.4;max-width:none;overflow:hidden}
 .card .name+.text{border-top:0}
+.card .text:last-child{flex:1}
 .text q{quotes:none;overflow-wrap:anywhere}
 .text small{display:block;color:var(--soft);font-size:12px;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .text.k2{background:var(--keptwash)}.text.d2{background:var(--droppedwash)}

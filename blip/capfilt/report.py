@@ -20,13 +20,14 @@ import numpy as np
 
 from blip.capfilt import records
 from blip.capfilt.examples import pictures
+from blip.capfilt.manifest import complete, description
 from blip.capfilt.sections import Told, whole_page
 from blip.capfilt.tally import Label, Tally, tally
 from blip.capfilt.words import shifts
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.shapes_truth import TRUE
 from blip.datamodules.views import View
-from blip.metrics.rates import Rate, auc, f1, share
+from blip.metrics.rates import Rate, Z, auc, f1, share
 
 WORDS = 20  # that each side of a shift prefers
 
@@ -48,7 +49,8 @@ def write_report(
     out, view = Path(out), replace(view, control=False)  # the control of Table 12 decides nothing
     if out.suffix != ".html":
         raise ValueError(f"{out}: a report is an .html file")
-    described = _described(view.folders[0])
+    (folder, *_) = view.folders
+    described = description(folder) if (folder / "description.json").is_file() else {}
     index, missing = _index(described if shards is None else {"shards": shards})
     found = tally(view, index, seed)
     shown: dict[tuple[str, int], tuple[str, bool]] = {}
@@ -59,22 +61,10 @@ def write_report(
             missing = str(error)
     labels = together(found.labels)
     numbers = {"view": view.rule, **_numbers(found, labels)}
-    told = Told(title, view, described, found, labels, numbers, shown, missing, list(costs))
+    told = Told(title, view, described, complete(folder), found, labels, numbers, shown, missing, list(costs))
     _write(out.with_suffix(".json"), json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     _write(out, whole_page(told))
     return numbers
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    """The description that the pass left; empty where records lie without one."""
-    path = folder / "description.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not the description of a pass ({error})") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _index(described: Mapping[str, Any]) -> tuple[Index | None, str]:
@@ -125,7 +115,7 @@ def _numbers(found: Tally, labels: Mapping[str, Label]) -> dict[str, Any]:
             found_shifts = shifts(first.words, second.words)
             ends = {"synthetic": found_shifts[:WORDS], "web": found_shifts[: -WORDS - 1 : -1]}
             for side, sign in (("synthetic", 1), ("web", -1)):
-                preferred = [shift._asdict() for shift in ends[side] if sign * shift.z > 0]
+                preferred = [shift._asdict() for shift in ends[side] if sign * shift.z > Z]
                 numbers[f"words/{when}/preferred_by_{side}"] = preferred
     return {name: _finite(value) for name, value in numbers.items()}
 
@@ -147,7 +137,7 @@ def truth_numbers(label: Label) -> dict[str, float | int]:
         "precision": share(hit, hit + false),
         "recall": share(hit, hit + missed),
         "f1": f1(hit, false, missed),
-        "auc": auc(-np.array(label.deciding), noise),
+        "auc": auc(-np.array(label.deciding), noise, label.picture),
         "noise_before": share(hit + missed, len(kinds)),
         "noise_after": share(missed, missed + right),
     }

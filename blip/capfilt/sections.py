@@ -23,11 +23,12 @@ Numbers = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Told:
-    """All that the page tells. shown: (shard, record) -> picture; missing: why pictures cannot be read."""
+    """All that the page tells. complete: whether all shards have records; shown: (shard, record) -> picture; missing: why there is none."""
 
     title: str
     view: View
     described: Mapping[str, Any]
+    complete: bool
     found: Tally
     labels: Mapping[str, Label]
     numbers: Numbers
@@ -48,7 +49,7 @@ def whole_page(told: Told) -> str:
         ("Beside the threshold", _beside(told)),
         ("Mistakes", _mistakes(told)),
         ("Length and vocabulary", _texts(told)),
-        ("Words that captioner and web prefer", _words(told)),
+        ("Words", _words(told)),
         ("Cost", _cost(told)),
         ("Broken samples", _broken(told)),
         ("How it was made", _made(told)),
@@ -69,6 +70,9 @@ def _lead(told: Told) -> str:
     if (recall := told.of("all", "truth/recall")) is not None:
         values.append((percent(recall), "of the noise found"))
     rule = f"<p class=lead>{_rule(told.view)}</p>{page.tiles(values)}"
+    if not told.complete:
+        of = len(told.described.get("shards", ())) or "an unknown number of"
+        rule += f"<p class=soft>The pass is not finished: {number(told.found.shards)} of {of} shards have records.</p>"
     if told.missing:
         rule += (
             f"<p class=soft>Without pictures and without truth: the shards cannot be read ({said(told.missing)}).</p>"
@@ -149,7 +153,7 @@ def _truth(told: Told) -> str:
         ],
         styles,
     )
-    kinds = "".join(_recall_of_kinds(told, name) for name in judged if name != "all")
+    kinds = "".join(f"<div>{_recall_of_kinds(told, name)}</div>" for name in judged if name != "all")
     attributes = [
         f"{_label(name)}: {percent(told.of(name, 'truth/attributes_before'))} of all, "
         f"{percent(told.of(name, 'truth/attributes_after'))} of those kept."
@@ -159,7 +163,7 @@ def _truth(told: Told) -> str:
     return (
         "<p>These pictures are drawn from scenes that are known, so every text is known to be true or noise. A synthetic text is true "
         "if it says all that the scene shows and nothing else. A positive is noise; in brackets 95 % intervals (Wilson; of AUC, DeLong)."
-        f"</p>{quality}{counts}<h3>Recall of each kind of noise</h3>{kinds}"
+        f"</p>{quality}{counts}<h3>Recall of each kind of noise</h3><div class=words>{kinds}</div>"
         f"<h3>Attributes</h3><p>F1 of shapes, colours, sizes, textures, relations and background that the texts name. "
         f"{' '.join(attributes)}</p>"
     )
@@ -180,36 +184,32 @@ def _recall_of_kinds(told: Told, name: str) -> str:
 
 
 def _scores(told: Told) -> str:
-    columns = told.found.ranges
-    if not columns:
-        return ""
+    columns, decides = told.found.ranges, told.found.decides
     cut = told.view.threshold if told.view.share is None else told.found.least_kept
-    charts = []
+    rows = []
     for name, label in told.labels.items():
+        charts = []
         for column, ends in columns.items():
-            if column not in label.scores or not label.scores[column].sum():
-                continue
             edges = np.linspace(*ends, BINS // 2 + 1)
             dropped, kept = label.scores[column].reshape(2, -1, 2).sum(2)
-            own = column == told.found.decides
-            charts.append(
-                histogram(f"{_label(name)}: {_score(column)}", edges, {"d": dropped, "k": kept}, cut if own else None)
-            )
-    body = (
-        "<p class=soft>Texts by score; heights grow with the square root of the count, so that few are seen beside many. "
-        f"The dashed line is the threshold.</p>{key(kept='kept', dropped='dropped')}<div class=charts>{''.join(charts)}</div>"
-    )
-    known = []
-    for name, label in told.labels.items():
-        if label.kinds and told.found.decides:
-            edges = np.linspace(*columns[told.found.decides], BINS // 2 + 1)
-            true = np.array(label.kinds, object) == TRUE
-            score = np.array(label.deciding)
+            if label.scores[column].any():
+                title = f"{_label(name)}: {_score(column)}"
+                charts.append(histogram(title, edges, {"d": dropped, "k": kept}, cut if column == decides else None))
+        if label.kinds and decides:
+            edges = np.linspace(*columns[decides], BINS // 2 + 1)
+            true, score = np.array(label.kinds, object) == TRUE, np.array(label.deciding)
             layers = {style: np.histogram(score[mask], edges)[0] for style, mask in (("d", ~true), ("k", true))}
-            known.append(histogram(f"{_label(name)}: {_score(told.found.decides)} by truth", edges, layers, cut))
-    if known:
-        body += f"{key(kept='true', dropped='noise')}<div class=charts>{''.join(known)}</div>"
-    return body + _other_thresholds(told)
+            charts.append(histogram(f"{_label(name)}: {_score(decides)} of noise and true texts", edges, layers, cut))
+        rows.append(f"<div class=charts>{''.join(charts)}</div>" if charts else "")
+    if not any(rows):
+        return ""
+    truth = any(label.kinds for label in told.labels.values())
+    colours = key(kept=f"kept{' (or true)' * truth}", dropped=f"dropped{' (or noise)' * truth}")
+    words = (
+        "<p class=soft>Texts by score; heights grow with the square root of the count, so that few are seen beside many. "
+        f"The dashed line is the threshold.</p>{colours}"
+    )
+    return words + "".join(rows) + _other_thresholds(told)
 
 
 def _other_thresholds(told: Told) -> str:
@@ -236,14 +236,12 @@ def _other_thresholds(told: Told) -> str:
 
 
 def _cards(told: Told, examples: Sequence[Example]) -> str:
-    several = sum(name.startswith("synthetic ") for name in told.labels) > 1
-
     def texts(example: Example) -> list[tuple[str, str, bool, str]]:
         found = []
         for line in example.lines:
             source, _, captioner = line.label.partition(" ")
-            who = f"T<sub>{source[0]}</sub>" + (f" {said(captioner)}" if several and captioner else "")
-            scores = [f"{_score(name)} {value:.2f}" for name, value in line.scores.items() if math.isfinite(value)]
+            who = f"T<sub>{source[0]}</sub>" + (f" {said(captioner)}" if _several(told) and captioner else "")
+            scores = [f"{_score(name)} {value:.3f}" for name, value in line.scores.items() if math.isfinite(value)]
             truth = [] if line.kind is None else ["true" if line.kind == TRUE else f"noise: {said(line.kind)}"]
             found.append((who, line.text, line.kept, "".join(f" · {each}" for each in [*scores, *truth])))
         return found
@@ -253,6 +251,11 @@ def _cards(told: Told, examples: Sequence[Example]) -> str:
         picture, tiny = told.shown.get((example.shard, example.record), ("", False))
         cards.append(card(picture, tiny, f"{example.shard}: {example.key}", texts(example)))
     return f"<div class=cards>{''.join(cards)}</div>" if cards else ""
+
+
+def _several(told: Told) -> bool:
+    """Whether there are several captioners, which then are named."""
+    return any(name.startswith("synthetic ") for name in told.labels)
 
 
 def _gallery(told: Told) -> str:
@@ -267,7 +270,8 @@ def _beside(told: Told) -> str:
     for words, found in (("just kept", told.found.examples.kept), ("just dropped", told.found.examples.dropped)):
         for name, examples in sorted(found.items(), reverse=True):
             if examples:
-                body += f"<h3>{_label(name)}, {words}</h3>{_cards(told, examples)}"
+                shown = _label(name if _several(told) else name.split()[0])
+                body += f"<h3>{shown}, {words}</h3>{_cards(told, examples)}"
     return body
 
 
@@ -289,14 +293,14 @@ def _texts(told: Told) -> str:
             rows.append([f"{_label('every source' if name == 'all' else name)}, {words}", *cells])
         if label is not None and label.before.count:
             longest = min(LONGEST, max(5, int(np.flatnonzero(label.before.lengths)[-1]))) + 1
-            layers = {"d": label.before.lengths[:longest], "k": label.after.lengths[:longest]}
+            layers = {"m": label.before.lengths[:longest], "k": label.after.lengths[:longest]}
             charts.append(histogram(f"{_label(name)}: words of a text", np.arange(longest + 1), layers, digits=0))
     share = (
         f" Counted over {percent(100 * told.found.sampled)} of the texts, at random." if told.found.sampled < 1 else ""
     )
     return (
         f"{table(['Texts', *(head for head, _ in columns.values())], rows)}<p class=soft>The set before is the web; the set after is "
-        f"what is kept of every source.{share}</p>{key(kept='kept', dropped='all')}<div class=charts>{''.join(charts)}</div>"
+        f"what is kept of every source.{share}</p>{key(mark='all', kept='kept')}<div class=charts>{''.join(charts)}</div>"
     )
 
 
@@ -304,7 +308,7 @@ def _words(told: Told) -> str:
     body = ""
     for when, words in (("all", "All texts"), ("kept", "Kept texts")):
         sides = []
-        for side, style in (("synthetic", "m"), ("web", "d")):
+        for side in ("synthetic", "web"):
             shown = told.numbers.get(f"words/{when}/preferred_by_{side}") or []
             most = max((abs(each["z"]) for each in shown), default=1.0)
             rows = [
@@ -313,7 +317,7 @@ def _words(told: Told) -> str:
                     number(each["first"], 2),
                     number(each["second"], 2),
                     number(abs(each["z"]), 1),
-                    bar(abs(each["z"]) / most, style=style),
+                    bar(abs(each["z"]) / most),
                 ]
                 for each in shown
             ]
@@ -340,10 +344,10 @@ def _cost(told: Told) -> str:
         stages.append(own)
     rows = []
     for stage in stages:
-        seconds, pictures = stage.get("seconds"), stage.get("pictures")
-        rate = pictures / seconds if pictures and seconds else None
-        rows.append([said(str(stage.get("stage", ""))), _time(seconds), number(pictures), number(rate, 1)])
-    return table(["Stage", "#Time", "#Pictures", "#Pictures/s"], rows) if rows else ""
+        seconds, seen = stage.get("seconds"), stage.get("pictures", stage.get("pairs"))
+        rate = seen / seconds if seen and seconds else None
+        rows.append([said(str(stage.get("stage", ""))), _time(seconds), number(seen), number(rate, 1)])
+    return table(["Stage", "#Time", "#Pictures or pairs", "#A second"], rows) if rows else ""
 
 
 def _time(seconds: float | None) -> str:

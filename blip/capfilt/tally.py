@@ -27,7 +27,7 @@ from blip.capfilt.examples import Examples, Rows
 from blip.capfilt.words import Texts
 from blip.datamodules.index import Index
 from blip.datamodules.records import NOTHING
-from blip.datamodules.shapes_truth import Compared, compare, described, truth
+from blip.datamodules.shapes_truth import Compared, compare, described, recorded
 from blip.datamodules.shards import Reader, Span
 from blip.datamodules.views import View, combined_scores, kept_rows
 
@@ -44,7 +44,8 @@ class Label:
     """Texts of one source, of synthetic ones those of one captioner.
 
     dropped: reason -> texts; scores: column -> [2, BINS], dropped and kept; before, after: words of a sample of all, and of those kept
-    deciding, decided, kinds: of the texts whose truth is known the score that the view goes by, whether it keeps them, their kind;
+    deciding, decided, kinds, picture: of the texts whose truth is known the score that the view goes by, whether it keeps them,
+    their kind, a number for each picture;
     attributes: of those [dropped, kept][agreeing, slots], as `shapes_truth.Compared` counts them
     """
 
@@ -57,6 +58,7 @@ class Label:
     deciding: list[float] = field(default_factory=list)
     decided: list[bool] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
+    picture: list[int] = field(default_factory=list)
     attributes: NDArray[np.int64] = field(default_factory=lambda: np.zeros((2, 2), np.int64))
 
     def __add__(self, other: Label) -> Label:
@@ -73,6 +75,7 @@ class Label:
             self.deciding + other.deciding,
             self.decided + other.decided,
             self.kinds + other.kinds,
+            self.picture + other.picture,
             self.attributes + other.attributes,
         )
 
@@ -117,6 +120,9 @@ def tally(view: View, index: Index | None, seed: int) -> Tally:
         ranges[COMBINED] = min(ranges[name][0] for name in view.scores), max(ranges[name][1] for name in view.scores)
     found = Tally(ranges, decides, min(1.0, TEXTS / max(rows, 1)))
     truths = Truths(index)
+    if index is not None:
+        found.broken.update(index.report.skipped)
+        found.broken_names.update({reason: names[:NAMED] for reason, names in index.report.skipped_names.items()})
     for path, name, (table, times) in zip(paths, names, kept, strict=True):
         _add_shard(found, name, records.about(path))
         _add_texts(found, view, name, table, times > 0, truths.of(name, table), random.Random(f"{seed}/{name}"))
@@ -190,11 +196,11 @@ def _object(text: bytes) -> Mapping[str, Any]:
 
 def _compared(record: Mapping[str, Any], source: str, text: str) -> Compared | None:
     """A text beside its scene: the web's own are of the kind that is recorded, with what is wrong of a wrong attribute."""
-    scene, found = described(record), truth(record, source, text)
-    if scene is None or found is None:
+    scene = described(record)
+    if scene is None:
         return None
-    compared = compare(scene, text)
-    return compared._replace(kind=f"attribute: {compared.kind}" if found[1] == "attribute" else found[1])
+    compared, kind = compare(scene, text), recorded(record, source)
+    return compared._replace(kind=f"attribute: {compared.kind}" if kind == "attribute" else kind or compared.kind)
 
 
 def _add_shard(found: Tally, name: str, about: Mapping[str, Any]) -> None:
@@ -203,8 +209,9 @@ def _add_shard(found: Tally, name: str, about: Mapping[str, Any]) -> None:
     found.seconds += about["seconds"]
     for key, reason in about["broken"]:
         found.broken[reason] += 1
-        if found.broken[reason] <= NAMED:
-            found.broken_names.setdefault(reason, []).append(f"{name}: {key}")
+        names = found.broken_names.setdefault(reason, [])
+        if len(names) < NAMED:
+            names.append(f"{name}: {key}")
 
 
 def _add_texts(
@@ -248,6 +255,7 @@ def _add_texts(
                 entry.deciding.append(float(deciding[row]))
                 entry.decided.append(bool(kept[row]))
                 entry.kinds.append(beside.kind)
+                entry.picture.append(found.shards << 40 | int(numbers[row]))
                 entry.attributes[int(kept[row])] += beside.agreeing, beside.slots
     judged = np.array([reason in ("", BELOW) for reason in reasons], bool)
     kinds = [None if each is None else each.kind for each in compared]

@@ -14,7 +14,7 @@ from blip.datamodules.shapes_language import KINDS, agreeing_slots, caption_slot
 from blip.datamodules.shapes_scenes import Description, Thing
 
 TRUE = "true"
-INCOMPLETE, NOTHING, THINGS, SEVERAL = "incomplete", "nothing said", "things", "several"
+INCOMPLETE, NOTHING, THINGS, SEVERAL = "incomplete", "nothing said", "number of things", "several slots"
 DEVIATIONS = (*KINDS, THINGS, SEVERAL, INCOMPLETE, NOTHING)
 
 
@@ -26,11 +26,14 @@ def truth(record: Mapping[str, Any], source: str, text: str) -> tuple[bool, str]
     scene = described(record)
     if scene is None:
         return None
-    recorded, kind = record.get("truth"), record.get("kind")
-    if source == "web" and isinstance(recorded, bool) and isinstance(kind, str):
-        return recorded, kind
-    kind = compare(scene, text).kind
+    kind = recorded(record, source) or compare(scene, text).kind
     return kind == TRUE, kind
+
+
+def recorded(record: Mapping[str, Any], source: str) -> str | None:
+    """The kind that a record bears of its own text, if it bears any."""
+    kind = record.get("kind")
+    return kind if source == "web" and isinstance(kind, str) else None
 
 
 def described(record: Mapping[str, Any]) -> Description | None:
@@ -57,8 +60,8 @@ class Compared(NamedTuple):
 def compare(scene: Description, text: str) -> Compared:
     """In what a text departs from the scene.
 
-    incomplete: all that it says is so, but not all is said; things: it tells of more or fewer of them; one of KINDS: slots of that
-    kind alone are wrong; several: of several kinds.
+    INCOMPLETE: all that it says is so, but not all is said; THINGS: it tells of more or fewer of them; one of KINDS: slots of that
+    kind alone are wrong; SEVERAL: of several kinds.
     """
     said = caption_slots(text)
     agreeing, stated, shown = agreeing_slots(scene, said), filled_slots(said), filled_slots(scene)

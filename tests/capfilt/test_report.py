@@ -70,6 +70,7 @@ def scored(folder: Path, world: Path, hostile: str = "") -> list[dict[str, Any]]
         rows += of_shard
     described_by = {"input": index.fingerprint, "shards": [index.location(shard) for shard in range(len(index.names))]}
     (folder / "description.json").write_text(json.dumps(described_by))
+    (folder / "manifest.json").write_text("{}")
     return rows
 
 
@@ -201,6 +202,17 @@ def test_without_the_shards_the_report_has_no_pictures_and_says_so(world: Path, 
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "data:image" not in text
     assert "the shards cannot be read" in text
+
+
+def test_a_pass_that_is_not_finished_is_reported_as_such(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    scored(folder, world)
+    write_report(tmp_path / "report.html", View(folder))
+    assert "not finished" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    (folder / "manifest.json").unlink()
+    records.files(folder)[0].unlink()
+    assert write_report(tmp_path / "report.html", View(folder))["pictures"] == 80
+    assert "2 of 3 shards have records" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_share_and_several_scores_are_told_as_they_decide(passed: tuple, tmp_path: Path) -> None:

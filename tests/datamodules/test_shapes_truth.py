@@ -77,7 +77,7 @@ def test_what_is_left_out_invented_or_said_twice_is_not_true() -> None:
     first, second = scene.things
     told = f"a {first.size} {first.colour} {first.texture} {first.shape}"
     assert kind_of(scene, told) == "incomplete"
-    assert kind_of(scene, f"{text} {told}") == "things"
+    assert kind_of(scene, f"{text} {told}") == "number of things"
     assert kind_of(scene, f"{second.shape}") == "incomplete"
     assert kind_of(scene, "IMG_2041.jpg") == kind_of(scene, "") == "nothing said"
     assert {kind_of(scene, caption(other.description, random.Random(3))) for other in scenes(80)} <= {
