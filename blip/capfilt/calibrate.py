@@ -29,6 +29,7 @@ from blip.metrics.rates import Rate, auc, f1, share
 
 COLUMNS = ("shard", "key", "label")
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+BLUE, RED = "#1b6ca8", "#c8553d"
 
 # (key, captioner or nothing, number of the text) -> whether it fits, for each shard
 Labels = Mapping[str, Mapping[tuple[str, str, int], bool]]
@@ -218,40 +219,34 @@ def draw(cases: Cases, path: Path, score: str, points: Mapping[str, Any]) -> Non
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found, positive = curve(cases), int(cases.fits.sum())
-    lines = {
-        "precision": found.right / found.kept,
-        "recall": found.right / positive,
-        "F1": 2 * found.right / (found.kept + positive),
-    }
+    found, positive = Curve(*(each[::-1] for each in curve(cases))), int(cases.fits.sum())
     figure = Figure((7, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for (name, values), colour, dashes in zip(
-        lines.items(), ("#1b6ca8", "#c8553d", "#777777"), ("-", "-", ":"), strict=True
+    for name, values, colour, style in (
+        ("precision", found.right / found.kept, BLUE, "-"),
+        ("recall", found.right / positive, RED, "-"),
+        ("F1", 2 * found.right / (found.kept + positive), "#777777", ":"),
     ):
-        above.step(found.threshold, values, where="pre", label=name, color=colour, linestyle=dashes, linewidth=1.5)
+        # a threshold between two scores keeps what the one above it keeps
+        above.step(found.threshold, values, where="pre", label=name, color=colour, linestyle=style, linewidth=1.5)
     for name, point in points.items():
         if isinstance(point, Mapping) and "threshold" in point:
+            label = f"{name.replace('_', ' ')}: {point['threshold']:.3g}"
             above.axvline(point["threshold"], color="black", linewidth=0.8, alpha=0.6)
-            label = f" {name.replace('_', ' ')}: {point['threshold']:.3g}"
             above.text(point["threshold"], 0.02, label, rotation=90, fontsize=7, ha="right", va="bottom")
-    above.set_ylim(0, 1.02)
-    above.set_ylabel("of the kept texts, of the fitting ones")
+    if told := points.get("auc"):
+        interval = f"{told['low']:.3f} to {told['high']:.3f}"
+        above.set_title(f"{score}: AUC {told['value']:.3f} ({interval}), {len(cases.fits):,} texts", fontsize=10)
+    above.set(ylim=(0, 1.02), ylabel="of the kept, of the fitting texts")
     above.grid(alpha=0.3)
-    above.legend(loc="lower center", fontsize=8, ncols=3)
-    told = points.get("auc") or {}
-    if told:
-        above.set_title(
-            f"{score}: AUC {told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f}), {len(cases.fits):,} texts"
-        )
-    edges = np.linspace(float(cases.score.min()), float(cases.score.max()) or 1.0, 51)
-    both = [cases.score[cases.fits], cases.score[~cases.fits]]
-    below.hist(both, edges, label=["fitting", "noise"], color=["#1b6ca8", "#c8553d"], stacked=True)
+    low, high = float(cases.score.min()), float(cases.score.max())
+    edges = np.linspace(low, high if high > low else low + 1, 51)
+    for mask, name, colour in ((cases.fits, "fitting texts", BLUE), (~cases.fits, "noise", RED)):
+        below.hist(cases.score[mask], edges, label=name, color=colour, alpha=0.5)
     below.set_yscale("symlog", linthresh=10)
-    below.set_xlabel(f"{score}: a text is kept that has at least this")
-    below.set_ylabel("texts")
-    below.legend(fontsize=8)
+    below.set(xlabel=f"a text is kept that has at least this {score}", ylabel="texts")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=120, format="png")
