@@ -12,6 +12,7 @@
     blip data materialize SHARDS... --records FOLDER --out FOLDER
                                                 the texts that a view of CapFilt's records keeps, as shards
     blip data check SHARDS...                   what is in shards, and whether it suffices for given ranks and workers
+    blip report RECORDS --out FILE.html         what a filter keeps and drops: a page to look at, and its numbers
     blip calibrate RECORDS --labels FILE        a threshold for a filter's scores from labelled texts
     blip convert IN OUT --to LAYOUT             a checkpoint in another layout: released, transformers or ours
     blip score REFERENCES HYPOTHESES            BLEU, METEOR, ROUGE-L, CIDEr, SPICE of captions; VQA's accuracy with --vqa
@@ -27,7 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blip.cli_capfilt import add_calibrate, add_materialize
+from blip.cli_capfilt import add_calibrate, add_materialize, add_report
 from blip.cli_model import add_model
 from blip.cli_score import add_score
 
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     """The commands. Each group adds its own in one function, named here."""
     top = argparse.ArgumentParser(prog="blip", description="BLIP: pictures, data, checkpoints and scores.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_model, _add_data, add_calibrate, _add_convert, add_score):
+    for add in (add_model, _add_data, add_calibrate, add_report, _add_convert, add_score):
         add(commands)
     return top
 

@@ -1,4 +1,6 @@
-"""Commands over the records of CapFilt: `blip data materialize` writes a view as shards, `blip calibrate` finds its threshold."""
+"""Commands over the records of CapFilt: `blip data materialize` writes a view as shards, `blip calibrate` finds its threshold, and
+`blip report` shows what it keeps and drops.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,7 @@ def add_materialize(data: Any, progress: Callable[[int, int, str], None]) -> Non
     command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the tars go")
     command.add_argument("--records", nargs="+", type=Path, required=True, metavar="FOLDER", help=FOLDERS)
     _add_view(command)
-    command.add_argument("--threshold", type=float, help="least score of a text that is kept (default: 0.5)")
-    command.add_argument("--share", type=float, help="in place of a threshold: this share of the texts, the best")
+    _add_rule(command)
     command.add_argument(
         "--control",
         action="store_true",
@@ -47,6 +48,12 @@ def _add_view(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_rule(command: argparse.ArgumentParser) -> None:
+    """Which of them are kept."""
+    command.add_argument("--threshold", type=float, help="least score of a text that is kept (default: 0.5)")
+    command.add_argument("--share", type=float, help="in place of a threshold: this share of the texts, the best")
+
+
 def _view(options: argparse.Namespace, **rule: Any) -> Any:
     from blip.datamodules.views import View
 
@@ -65,6 +72,33 @@ def materialize_view(options: argparse.Namespace) -> int:
     texts = ", ".join(f"{count} {source}" for source, count in sorted(written.texts.items())) or "none"
     print(f"{options.out}: {written.pictures} pictures, texts: {texts}; shards: {written.shards} written, ", end="")
     print(f"{written.there} were there, {written.empty} keep no text")
+    return 0
+
+
+def add_report(commands: Any) -> None:
+    """Adds the command to the parser of `blip`."""
+    command = commands.add_parser("report", help="show what a filter keeps and drops", description=report_view.__doc__)
+    command.add_argument("records", nargs="+", type=Path, metavar="RECORDS", help=FOLDERS)
+    _add_view(command)
+    _add_rule(command)
+    command.add_argument(
+        "--shards", nargs="+", help="where pictures are read (default: where the pass read them); in its order"
+    )
+    command.add_argument("--title", default="Captions kept and dropped", help="of the page (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the examples (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    command.set_defaults(run=report_view)
+
+
+def report_view(options: argparse.Namespace) -> int:
+    """Writes one HTML file that opens anywhere: noise ratio, a gallery, scores, lengths, words, cost, of the embedded world also
+    precision and recall; the same in numbers beside it as JSON.
+    """
+    from blip.capfilt.report import write_report
+
+    view = _view(options, threshold=options.threshold, share=options.share)
+    found = write_report(options.out, view, options.shards, options.title, seed=options.seed)
+    print(f"{options.out}: {found['all/kept']} of {found['all/texts']} texts of {found['pictures']} pictures are kept")
     return 0
 
 

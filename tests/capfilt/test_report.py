@@ -17,6 +17,7 @@ import pytest
 
 from blip.capfilt import records
 from blip.capfilt.report import write_report
+from blip.cli import main
 from blip.datamodules.index import build_index
 from blip.datamodules.shapes import write_world
 from blip.datamodules.shapes_language import caption, wrong_attribute
@@ -235,6 +236,33 @@ def test_a_share_and_several_scores_are_told_as_they_decide(passed: tuple, tmp_p
 
 def replace_view(numbers: dict[str, Any]) -> dict[str, Any]:
     return numbers | {"view": numbers["view"] | {"control": False}}
+
+
+def test_the_command_takes_the_rule_and_tells_where_the_page_is(
+    passed: tuple, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, rows = passed
+    out = tmp_path / "a" / "page.html"
+    rule = [
+        "--score",
+        "itc",
+        "--threshold",
+        "0.3",
+        "--sources",
+        "web",
+        "--shards",
+        str(world / "*.tar"),
+        "--title",
+        "<b>Mine",
+    ]
+    assert main(["report", str(folder), *rule, "--out", str(out)]) == 0
+    kept = sum(row["source"] == "web" and row["itc"] >= 0.3 for row in rows)
+    assert capsys.readouterr().out == f"{out}: {kept} of 240 texts of 120 pictures are kept\n"
+    text = out.read_text(encoding="utf-8")
+    assert "&lt;b&gt;Mine" in text
+    assert "A text of web is kept if ITC is at least 0.3." in text
+    assert main(["report", str(tmp_path), "--out", str(out)]) == 1
+    assert "no records there" in capsys.readouterr().err
 
 
 def test_errors_name_what_is_wrong(passed: tuple, tmp_path: Path) -> None:
