@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import simplejpeg
 from numpy.typing import NDArray
 
@@ -49,27 +48,28 @@ class Example:
 
 @dataclass
 class Rows:
-    """The records of one shard, column by column [R]: `judged` are the texts that the threshold decided."""
+    """The records of one shard [R]: `table` has their keys and texts, `label` is a number among `labels`; `judged` are the texts that
+    the threshold decided, by the score `deciding`; `kinds` of their truth, None where nothing is known of any."""
 
     shard: str
+    table: pa.Table
     record: NDArray[np.int64]
-    key: list[str]
-    label: list[str]
-    text: list[str]
+    label: NDArray[np.int32]
+    labels: list[str]
     kept: NDArray[np.bool_]
     judged: NDArray[np.bool_]
     deciding: NDArray[np.float32]
     scores: dict[str, NDArray[np.float32]]
-    kind: list[str | None]
+    kinds: list[str | None] | None
 
     def line(self, row: int) -> Line:
         scores = {name: float(values[row]) for name, values in self.scores.items()}
-        return Line(self.label[row], self.text[row], bool(self.kept[row]), scores, self.kind[row])
+        kind = None if self.kinds is None else self.kinds[row]
+        return Line(self.labels[self.label[row]], self.table["text"][row].as_py(), bool(self.kept[row]), scores, kind)
 
-    def example(self, rank: float, rows: Iterable[int]) -> Example:
-        first, *others = rows
-        lines = [self.line(row) for row in (first, *others[: LINES - 1])]
-        return Example(rank, self.shard, int(self.record[first]), self.key[first], lines)
+    def example(self, rank: float, rows: Sequence[int]) -> Example:
+        lines = [self.line(row) for row in rows[:LINES]]
+        return Example(rank, self.shard, int(self.record[rows[0]]), self.table["key"][rows[0]].as_py(), lines)
 
 
 @dataclass
@@ -85,27 +85,31 @@ class Examples:
     noise: list[Example] = field(default_factory=list)
     lost: list[Example] = field(default_factory=list)
 
-    def add(self, rows: Rows, rng: random.Random) -> None:
+    def add(self, rows: Rows, rng: np.random.Generator) -> None:
         """Looks through the records of one shard; `rng` draws the gallery."""
         self._add_to_gallery(rows, rng)
-        label = np.array(rows.label, object)
-        for name in sorted(set(rows.label)):
-            of_label = rows.judged & (label == name)
+        for code, name in enumerate(rows.labels):
+            of_label = rows.judged & (rows.label == code)
             _add(self.kept.setdefault(name, []), rows, of_label & rows.kept, rows.deciding, BESIDE)
             _add(self.dropped.setdefault(name, []), rows, of_label & ~rows.kept, -rows.deciding, BESIDE)
-        true = np.array([kind == TRUE for kind in rows.kind], bool)
-        noise = np.array([kind not in (TRUE, None) for kind in rows.kind], bool)
-        _add(self.noise, rows, rows.judged & noise & rows.kept, -rows.deciding, MISTAKES)
-        _add(self.lost, rows, rows.judged & true & ~rows.kept, rows.deciding, MISTAKES)
+        if rows.kinds is not None:
+            true = np.array([kind == TRUE for kind in rows.kinds], bool)
+            noise = np.array([kind not in (TRUE, None) for kind in rows.kinds], bool)
+            _add(self.noise, rows, rows.judged & noise & rows.kept, -rows.deciding, MISTAKES)
+            _add(self.lost, rows, rows.judged & true & ~rows.kept, rows.deciding, MISTAKES)
 
-    def _add_to_gallery(self, rows: Rows, rng: random.Random) -> None:
+    def _add_to_gallery(self, rows: Rows, rng: np.random.Generator) -> None:
+        if not len(rows.record):
+            return
         _, starts = np.unique(rows.record, return_index=True)
-        bounds = [*starts.tolist(), len(rows.record)]
-        for start, end in pairwise(bounds):
-            one_kind = len({label.split()[0] for label in rows.label[start:end]}) == 1
-            rank = rng.random() + one_kind
-            if len(self.gallery) < GALLERY or rank < self.gallery[-1].rank:
-                _keep(self.gallery, rows.example(rank, range(start, end)), GALLERY)
+        written = np.array([label.startswith("synthetic") for label in rows.labels])[rows.label]
+        both = np.logical_or.reduceat(written, starts) & np.logical_or.reduceat(~written, starts)
+        rank = rng.random(len(starts)) + ~both
+        ends = [*starts[1:].tolist(), len(rows.record)]
+        for at in np.argsort(rank, kind="stable")[:GALLERY].tolist():
+            if len(self.gallery) == GALLERY and rank[at] >= self.gallery[-1].rank:
+                break
+            _keep(self.gallery, rows.example(float(rank[at]), range(int(starts[at]), ends[at])), GALLERY)
 
     def all(self) -> list[Example]:
         beside = [example for found in (*self.kept.values(), *self.dropped.values()) for example in found]
@@ -115,6 +119,8 @@ class Examples:
 def _add(found: list[Example], rows: Rows, mask: NDArray[np.bool_], rank: NDArray[np.float32], count: int) -> None:
     candidates = np.flatnonzero(mask)
     for row in candidates[np.argsort(rank[candidates], kind="stable")[:count]].tolist():
+        if len(found) == count and rank[row] >= found[-1].rank:
+            break
         _keep(found, rows.example(float(rank[row]), [row]), count)
 
 

@@ -125,8 +125,13 @@ def tally(view: View, index: Index | None, seed: int) -> Tally:
         found.broken_names.update({reason: names[:NAMED] for reason, names in index.report.skipped_names.items()})
     for path, name, (table, times) in zip(paths, names, kept, strict=True):
         _add_shard(found, name, records.about(path))
-        _add_texts(found, view, name, table, times > 0, truths.of(name, table), random.Random(f"{seed}/{name}"))
+        _add_texts(found, view, name, table, times > 0, truths.of(name, table), _draws(seed, name))
     return found
+
+
+def _draws(seed: int, name: str) -> np.random.Generator:
+    """Of one shard, whatever was before it."""
+    return np.random.default_rng(random.Random(f"{seed}/{name}").getrandbits(64))
 
 
 def _ranges(paths: Sequence[Path]) -> tuple[dict[str, tuple[float, float]], int]:
@@ -161,11 +166,10 @@ class Truths:
         self.index, self.reader = index, Reader()
         self.numbers = {} if index is None else {index.name(shard): shard for shard in range(len(index.names))}
 
-    def of(self, name: str, table: pa.Table) -> list[Compared | None]:
-        """Each text of a shard beside its scene; None where nothing is known of it."""
-        unknown: list[Compared | None] = [None] * len(table)
+    def of(self, name: str, table: pa.Table) -> list[Compared | None] | None:
+        """Each text of a shard beside its scene; None where there is no scene."""
         if self.index is None or name not in self.numbers or not len(table):
-            return unknown
+            return None
         shard = self.numbers[name]
         first = int(self.index.shard_starts[shard])
         wanted = np.unique(table["record"].to_numpy()).tolist()
@@ -176,12 +180,12 @@ class Truths:
                 read = self.reader.read([Span(self.index.shard(shard), parts[-1]) for _, parts, _ in places])
             except (OSError, ValueError):
                 self.index = None
-                return unknown
+                return None
             for record, (text,), (_, _, is_json) in zip(some, read, places, strict=True):
                 told[record] = _object(text) if is_json else {}
             if described(told[wanted[0]]) is None:
                 self.index = None  # of another world, and so are the other shards
-                return unknown
+                return None
         rows = zip(*(table[column].to_pylist() for column in ("record", "source", "text")), strict=True)
         return [_compared(told[record], source, text) for record, source, text in rows]
 
@@ -220,59 +224,64 @@ def _add_texts(
     name: str,
     table: pa.Table,
     kept: NDArray[np.bool_],
-    compared: list[Compared | None],
-    rng: random.Random,
+    compared: list[Compared | None] | None,
+    rng: np.random.Generator,
 ) -> None:
+    """Adds the records of one shard. compared: each text beside its scene, None where nothing is known of any."""
     deciding = combined_scores(table, view)  # [R]
-    reasons = _reasons(table, view, kept, deciding)
-    sources, captioners = table["source"].to_pylist(), table["captioner"].to_pylist()
-    labels = [s if c is None else f"{s} {c}" for s, c in zip(sources, captioners, strict=True)]
-    texts = table["text"].to_pylist()
-    sampled = np.array([rng.random() < found.sampled for _ in texts], bool)
+    dropped = _dropped(table, view, kept, deciding)
+    label, names = _labels(table)
     columns = table.column_names  # where several folders have one of the same name, it is the first folder's
     scores = {
         column: deciding if column == COMBINED else table.column(columns.index(column)).to_numpy(zero_copy_only=False)
         for column in found.ranges
     }
+    sampled = rng.random(len(table)) < found.sampled
     numbers = table["record"].to_numpy()
     found.bare += len(np.unique(numbers)) - len(np.unique(numbers[kept]))
     found.least_kept = min(found.least_kept, float(deciding[kept].min(initial=math.inf)))
-    for label in sorted(set(labels)):
-        rows = np.array([each == label for each in labels])
-        entry = found.labels.setdefault(label, Label())
+    for code, who in enumerate(names):
+        rows = label == code
+        entry = found.labels.setdefault(who, Label())
         entry.texts += int(rows.sum())
         entry.kept += int((rows & kept).sum())
-        entry.dropped.update(reasons[row] for row in np.flatnonzero(rows & ~kept).tolist())
+        entry.dropped += Counter({reason: int((rows & mask).sum()) for reason, mask in dropped.items()})
         for column, ends in found.ranges.items():
             counted = entry.scores.setdefault(column, np.zeros((2, BINS), np.int64))
             for part, mask in enumerate((rows & ~kept, rows & kept)):
                 values = scores[column][mask]
                 counted[part] += np.histogram(values[np.isfinite(values)], BINS, ends)[0]
-        entry.before.add(texts[row] for row in np.flatnonzero(rows & sampled).tolist())
-        entry.after.add(texts[row] for row in np.flatnonzero(rows & sampled & kept).tolist())
-        for row in np.flatnonzero(rows).tolist():
-            if (beside := compared[row]) is not None and reasons[row] != NOT_TAKEN:
-                entry.deciding.append(float(deciding[row]))
-                entry.decided.append(bool(kept[row]))
-                entry.kinds.append(beside.kind)
-                entry.picture.append(found.shards << 40 | int(numbers[row]))
-                entry.attributes[int(kept[row])] += beside.agreeing, beside.slots
-    judged = np.array([reason in ("", BELOW) for reason in reasons], bool)
-    kinds = [None if each is None else each.kind for each in compared]
-    keys = table["key"].to_pylist()
-    found.examples.add(Rows(name, numbers, keys, labels, texts, kept, judged, deciding, scores, kinds), rng)
+        for texts, mask in ((entry.before, rows & sampled), (entry.after, rows & sampled & kept)):
+            texts.add(table["text"].filter(pa.array(mask)).to_pylist())
+        if compared is not None:
+            for row in np.flatnonzero(rows & ~dropped[NOT_TAKEN]).tolist():
+                if (beside := compared[row]) is not None:
+                    entry.deciding.append(float(deciding[row]))
+                    entry.decided.append(bool(kept[row]))
+                    entry.kinds.append(beside.kind)
+                    entry.picture.append(found.shards << 40 | int(numbers[row]))
+                    entry.attributes[int(kept[row])] += beside.agreeing, beside.slots
+    kinds = None if compared is None else [None if each is None else each.kind for each in compared]
+    rows_of_shard = Rows(name, table, numbers, label, names, kept, kept | dropped[BELOW], deciding, scores, kinds)
+    found.examples.add(rows_of_shard, rng)
 
 
-def _reasons(table: pa.Table, view: View, kept: NDArray[np.bool_], deciding: NDArray[np.float32]) -> list[str]:
-    """Why each text is dropped, nothing where it is kept."""
-    bare = pc.equal(pc.binary_length(pc.utf8_trim(table["text"], characters=NOTHING)), 0).to_pylist()
-    taken = pc.is_in(table["source"], pa.array(view.sources)).to_pylist()
+def _labels(table: pa.Table) -> tuple[NDArray[np.int32], list[str]]:
+    """(number of the label of each text [R], the labels)."""
+    source, captioner = table["source"], table["captioner"]
+    joined = pc.binary_join_element_wise(source, pc.fill_null(captioner, ""), " ")
+    coded = pc.if_else(pc.is_null(captioner), source, joined).combine_chunks().dictionary_encode()
+    return coded.indices.to_numpy(zero_copy_only=False), coded.dictionary.to_pylist()
 
-    def why(row: int) -> str:
-        if kept[row]:
-            return ""
-        if not taken[row]:
-            return NOT_TAKEN
-        return EMPTY if bare[row] else UNSCORED if deciding[row] == -math.inf else BELOW
 
-    return [why(row) for row in range(len(kept))]
+def _dropped(
+    table: pa.Table, view: View, kept: NDArray[np.bool_], deciding: NDArray[np.float32]
+) -> dict[str, NDArray[np.bool_]]:
+    """Reason -> the texts that are dropped for it, [R] each."""
+    said = pc.binary_length(pc.utf8_trim(table["text"], characters=NOTHING)).to_numpy(zero_copy_only=False)
+    taken = pc.is_in(table["source"], pa.array(view.sources)).to_numpy(zero_copy_only=False).astype(bool)
+    left, found = ~kept, {}
+    for reason, mask in ((NOT_TAKEN, ~taken), (EMPTY, said == 0), (UNSCORED, deciding == -math.inf), (BELOW, left)):
+        found[reason] = left & mask
+        left = left & ~mask
+    return found
