@@ -102,12 +102,16 @@ def load(
     if words is None and not weights.tokenizer:
         raise ValueError(f"{path} holds no vocabulary: give the one it was trained with (tokenizer=vocab.txt)")
     words = words or Tokenizer.from_json(weights.tokenizer)
+    return Model(weights, words, device_of(device), precision)
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device that is named, by default the GPU where there is one. ValueError where it cannot be had."""
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.empty(0, device=chosen).device
+        return torch.empty(0, device=chosen).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {chosen!r} cannot be had here: {str(error).splitlines()[0]}") from error
-    return Model(weights, words, place, precision)
 
 
 class Model:

@@ -8,7 +8,6 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,36 +19,18 @@ from omegaconf import OmegaConf
 import blip
 from blip.api import ANSWERS, FIRST, PAPER, SMOOTHING, Model
 from blip.cli import parser
-from blip.modules.blip import BLIP, BLIPConfig
-from blip.modules.checkpoint import convert, nodes
+from blip.modules.checkpoint import convert
 from blip.modules.vit import normalize
-from blip.modules.vqa import VQA
-from blip.text import Tokenizer
-from tests.modules.small import small_config
-
-VOCABULARY = Path(__file__).parent / "golden_cases" / "vocab.txt"
+from tests import checkpoints
+from tests.checkpoints import VOCABULARY
 
 
 @pytest.fixture(scope="module")
-def config() -> BLIPConfig:
-    words = Tokenizer.load(VOCABULARY)
-    small = small_config(width=64, look_width=64)  # heads as files say that do not tell them: one for 64
-    vit, med = replace(small.vit, heads=1), replace(small.med, heads=1, vocab_size=len(words))
-    return replace(small, vit=vit, med=med, dec_id=words.dec_id, enc_id=words.enc_id)
-
-
-@pytest.fixture(scope="module")
-def saved(config: BLIPConfig, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Saves a random model as a checkpoint of ours, with the parts that are asked for."""
 
-    def save(encoder: bool = True, decoder: bool = True, questions: bool = False) -> Path:
-        torch.manual_seed(0)
-        network = VQA(config) if questions else BLIP(config, encoder, decoder)
-        state = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
-        path = tmp_path_factory.mktemp("model") / "last.ckpt"
-        content = {"state_dict": state, "tokenizer": Tokenizer.load(VOCABULARY).to_json()}
-        torch.save({**content, "config": json.dumps({"model": nodes(config)})}, path)
-        return path
+    def save(**parts: bool) -> Path:
+        return checkpoints.save(tmp_path_factory.mktemp("model") / "last.ckpt", **parts)
 
     return save
 
@@ -60,7 +41,7 @@ def model(saved: Callable[..., Path]) -> Model:
 
 
 def picture(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (40 + seed, 60, 3), dtype=np.uint8)
+    return checkpoints.picture(seed, height=40 + seed)
 
 
 def test_one_picture_gives_the_result_that_it_has_in_a_list(model: Model):
