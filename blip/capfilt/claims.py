@@ -12,9 +12,10 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from blip.capfilt.records import own_name, path_of
+from blip.capfilt.records import WORK, partial, path_of
 
 SPREAD = 0.6180339887  # of the golden ratio: k multiples of it, less their whole part, are spread evenly for every k
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -25,7 +26,7 @@ class Claims:
 
     def __init__(self, folder: Path, names: Sequence[str], worker: int = 0) -> None:
         self.folder, self.names = folder, names
-        self.work = folder / "work"  # locks and files in the making
+        self.work = folder / WORK  # locks and files in the making
         start = int(worker * SPREAD % 1 * len(names))
         self.order = [*range(start, len(names)), *range(start)]
         self.held: dict[int, int] = {}  # shard -> descriptor of its lock
@@ -50,7 +51,7 @@ class Claims:
 
     def partial(self, shard: int) -> Path:
         """Where the records of a shard are written before they are put in their place."""
-        return self.work / f"{shard:06d}.{own_name()}.partial"
+        return partial(self.folder, f"{shard:06d}")
 
     def release(self, shard: int, give_up: bool = False) -> None:
         """Frees a shard that is done, or whose records cannot be had (`give_up`)."""
@@ -59,22 +60,26 @@ class Claims:
         os.close(self.held.pop(shard))
 
     def close(self) -> None:
-        """Frees what is held, and takes away the folder of locks when all is done."""
+        """Frees what is held."""
         for shard in [*self.held]:
             self.release(shard)
-        if len(self.done()) == len(self.names):
-            shutil.rmtree(self.work, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Takes away locks and files in the making, when all is done."""
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def _lock(self, shard: int) -> bool:
         """Whether the shard is this process's now: locked, and still not done."""
-        if path_of(self.folder, self.names[shard]).is_file():
-            return False
-        self.work.mkdir(parents=True, exist_ok=True)  # who finished the last shard has taken it away
-        descriptor = os.open(self.work / f"{shard:06d}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = -1
+        while descriptor < 0:
+            if path_of(self.folder, self.names[shard]).is_file():
+                return False
+            self.work.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # who finished the last shard has just taken the folder away
+                descriptor = os.open(self.work / f"{shard:06d}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(
-                descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # of this process alone: a loader's worker has no part
+            # a lock of this process: the loader's workers, which outlive a kill by seconds, do not have it too
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
@@ -92,8 +97,9 @@ class Claims:
 
     def _look(self) -> set[int]:
         """The shards that are done; notes what files in the making there are."""
-        self.work.mkdir(parents=True, exist_ok=True)
         self.left = {}
-        for path in self.work.glob("*.partial"):
-            self.left.setdefault(int(path.name.partition(".")[0]), []).append(path)
+        with suppress(FileNotFoundError):  # the first to come, or who finished the last shard has taken it away
+            for name in os.listdir(self.work):
+                if name[:1].isdigit() and name.endswith(".partial"):
+                    self.left.setdefault(int(name.partition(".")[0]), []).append(self.work / name)
         return self.done()

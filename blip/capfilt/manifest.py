@@ -84,14 +84,15 @@ def sum_up(folder: Path, names: Sequence[str], key: str, left_out: dict[str, int
         "shards": {name: {k: about[k] for k in ("pictures", "rows", "seconds")} for name, about in shards.items()},
     }
     path = folder / "manifest.json"
-    records.replace(path, json.dumps(manifest, indent=2).encode(), folder / f"manifest.{records.own_name()}.partial")
+    records.replace(path, json.dumps(manifest, indent=2).encode(), records.partial(folder, "manifest"))
     return manifest
 
 
 def _create(path: Path, data: bytes) -> None:
     """Puts a file there, whole, where none is; of several that do so at once one is first."""
-    new = path.with_name(f"{path.stem}.{records.own_name()}.new")
-    records.replace(new, data, new.with_suffix(".partial"))
+    partial = records.partial(path.parent, path.stem)
+    new = partial.with_suffix(".new")
+    records.replace(new, data, partial)
     try:
         os.link(new, path)
     except FileExistsError:

@@ -115,6 +115,7 @@ class Pass:
             )
             return
         told = manifest.sum_up(self.folder, self.names, self.description, self.index.report.skipped)
+        claims.clear()
         log.info(
             "%s: %s texts of %s pictures, %d broken; %.0f pictures/s a process, %.0f %% of the time waiting for data",
             *(self.folder, f"{sum(told['rows'].values()):,}", f"{told['pictures']:,}"),
@@ -232,14 +233,7 @@ class Pass:
             "waited": round(work.waited, 3),
         }
         rows = {column: [row[column] for row in work.rows] for column in columns}
-        path = records.path_of(self.folder, name)
-        try:
-            records.write(path, rows, self.scores, about, claims.partial(shard))
-        except (
-            FileNotFoundError
-        ):  # where there are no locks another process may have done all, and taken the partial file away
-            if not path.is_file():
-                raise
+        records.write(records.path_of(self.folder, name), rows, self.scores, about, claims.partial(shard))
         claims.release(shard)
 
     def _describe(self) -> str:

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 WEB, SYNTHETIC, HUMAN = "web", "synthetic", "human"  # sources of a text
+WORK = "work"  # files in the making, below the folder; gone when all is done
 KEY = b"blip"  # in the metadata of a file: JSON of what was done to its shard
 
 TEXT = [  # of a text
@@ -63,7 +64,10 @@ def write(path: Path, rows: dict[str, list[Any]], scores: Sequence[str], about: 
 
 
 def replace(path: Path, data: Any, partial: Path) -> None:
-    """Puts a file of these bytes in the place of `path`, and on the disk, or leaves all as it was. OSError that says what to do."""
+    """Puts a file of these bytes in the place of `path`, and on the disk, or leaves all as it was. OSError that says what to do.
+
+    Where another process did the same and then took the partial file away, its file stays.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -79,15 +83,17 @@ def replace(path: Path, data: Any, partial: Path) -> None:
             os.close(folder)
     except OSError as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, FileNotFoundError) and path.is_file():
+            return
         raise OSError(
             error.errno,
             f"{path} cannot be written ({error.strerror}); what was finished before stays, start again when that is mended",
         ) from error
 
 
-def own_name() -> str:
-    """What no other process anywhere puts into the names of its files."""
-    return f"{socket.gethostname()}.{os.getpid()}"
+def partial(folder: Path, stem: str) -> Path:
+    """Where a file of this folder is written before it is put in its place: a name that no other process anywhere has."""
+    return folder / WORK / f"{stem}.{socket.gethostname()}.{os.getpid()}.partial"
 
 
 def text_of(name: str) -> str:
