@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,25 @@ class Slow(L.Callback):
     ) -> None:
         if trainer.global_rank == self.rank:
             time.sleep(self.seconds)
+
+
+class Told(L.Callback):
+    """One rank is told by a signal, in the step that follows so many steps, or in the validation then."""
+
+    def __init__(self, number: int, step: int, rank: int = 0, validating: bool = False) -> None:
+        self.number, self.step, self.rank, self.validating = number, step, rank, validating
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.tell(trainer, validating=False)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 1:
+            self.tell(trainer, validating=True)
+
+    def tell(self, trainer: L.Trainer, validating: bool) -> None:
+        if (trainer.global_step, trainer.global_rank, validating) == (self.step, self.rank, self.validating):
+            os.kill(os.getpid(), self.number)

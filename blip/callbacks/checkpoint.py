@@ -66,15 +66,9 @@ class Checkpoint(L.Callback):
         if trainer.global_step == self.step:  # a micro-batch: its gradients are in no file
             return
         self.step = trainer.global_step
-        loop = trainer.fit_loop
-        last = self.step == trainer.max_steps or (
-            loop.epoch_loop._num_ready_batches_reached() and trainer.current_epoch + 1 == trainer.max_epochs
-        )
-        if not (last or self.step % self.every_steps == 0):
+        if not (is_last(trainer) or self.step % self.every_steps == 0):
             return
-        assert loop._data_fetcher is not None
-        validated = bool(trainer.datamodule.val_names)  # type: ignore[attr-defined]
-        self.waiting = validated and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self.waiting = validation_follows(trainer)
         if not self.waiting:
             self.save(trainer)
 
@@ -86,3 +80,17 @@ class Checkpoint(L.Callback):
     def save(self, trainer: L.Trainer) -> None:
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def is_last(trainer: L.Trainer) -> bool:
+    """Whether the optimizer step that ends now is the last of training."""
+    epoch_ends = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    return trainer.global_step == trainer.max_steps or (epoch_ends and trainer.current_epoch + 1 == trainer.max_epochs)
+
+
+def validation_follows(trainer: L.Trainer) -> bool:
+    """Whether a validation comes after the optimizer step that ends now."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    validated = bool(trainer.datamodule.val_names)  # type: ignore[attr-defined]
+    return validated and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
