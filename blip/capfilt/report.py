@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from blip.capfilt import records
 from blip.capfilt.examples import pictures
 from blip.capfilt.manifest import complete, description
 from blip.capfilt.sections import Told, whole_page
-from blip.capfilt.tally import Label, Tally, tally
+from blip.capfilt.tally import NOT_TAKEN, Label, Tally, tally
 from blip.capfilt.words import shifts
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.shapes_truth import TRUE
@@ -104,7 +105,8 @@ def _numbers(found: Tally, labels: Mapping[str, Label]) -> dict[str, Any]:
     for name, label in {**labels, "all": sum(own, Label())}.items():
         told: dict[str, Any] = {"texts": label.texts, "kept": label.kept, "dropped": label.texts - label.kept}
         told |= {f"dropped/{_name(reason)}": count for reason, count in sorted(label.dropped.items())}
-        told |= {"noise_ratio": 100 * (1 - label.kept / label.texts) if label.texts else None}
+        judged = label.texts - label.dropped[NOT_TAKEN]
+        told |= {"noise_ratio": 100 * (1 - label.kept / judged) if judged else None}
         told |= {f"before/{what}": value for what, value in label.before.numbers().items()}
         told |= {f"after/{what}": value for what, value in label.after.numbers().items()}
         told |= {f"truth/{what}": value for what, value in truth_numbers(label).items()}
@@ -164,4 +166,4 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    records.replace(path, text.encode("utf-8", "replace"), path.with_name(f"{path.name}.{records.own_name()}.partial"))
+    records.replace(path, text.encode("utf-8", "replace"), path.with_name(f"{path.name}.{os.getpid()}.partial"))
