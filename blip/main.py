@@ -187,6 +187,8 @@ def reopen(folder: Path, overrides: list[str]) -> Path:
 
 
 def may_change(cfg: Any) -> tuple[str, ...]:
+    if cfg.get("pipeline"):
+        return (*MAY_CHANGE, "pipeline")
     return (*MAY_CHANGE, "data") if OmegaConf.select(cfg, "data.allow_other_data") else MAY_CHANGE
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Generator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ class CapFilt:
     root: working directory of the steps; weights: a model in place of the first stage; captioner, filter: in place of a fine-tuned
     stages: those to run (default: all), the others must be finished; rounds: how often the web is captioned and filtered
     shared: one model is captioner and filter; control: re-train on as many texts, not cleaned; continuing: re-train the first model
-    web: names of the sources of `pretrain` that are captioned and filtered; view: which of their texts are kept
+    web: the source of `repretrain` that is captioned and filtered; view: which of its texts are kept
     launcher, resources: see `Steps`; jobs: of `generate` and `filter`; overrides: stage -> overrides of it alone
     """
 
@@ -52,7 +54,7 @@ class CapFilt:
         shared: bool,
         control: bool,
         continuing: bool,
-        web: Sequence[str],
+        web: str,
         view: Mapping[str, Any],
         launcher: str,
         jobs: Mapping[str, int],
@@ -74,7 +76,7 @@ class CapFilt:
         needless = {"pretrain"} if weights else set()
         needless |= {name for name, roles in self.tune.items() if roles.issubset(self.given)}
         self.stages = [stage for stage in known if stage in (stages or known) and stage not in needless]
-        self.control, self.continuing, self.web, self.view = control, continuing, list(web), dict(view)
+        self.control, self.continuing, self.web, self.view = control, continuing, web, dict(view)
         self.launcher, self.jobs, self.resources, self.command = launcher, jobs, resources, command
         self.overrides = {stage: tuple(said) for stage, said in overrides.items()}
         self.for_all: tuple[str, ...] = ()
@@ -99,29 +101,30 @@ class CapFilt:
     def go(self, steps: Steps) -> None:
         """Runs group after group until no stage that was asked for is left."""
         rounds = {stage: 1 if stage == "pretrain" else self.rounds for stage in self.stages}
-        plan = self.plan()
+        plan, asked = self.plan(), list[Step]()
         with contextlib.suppress(StopIteration):
             group = next(plan)
             while True:
                 folders = steps.run(*group, only=self.stages)
+                asked += group
                 for step in group:
                     if step.stage in rounds:
                         rounds[step.stage] -= 1
                 if not any(rounds.values()):
                     break
                 group = plan.send(folders)
-        self.conclude(steps)
+        self.conclude([(step, steps.done[step.name]) for step in asked], steps.folder)
 
-    def conclude(self, steps: Steps) -> None:
+    def conclude(self, done: Sequence[tuple[Step, Path]], out: Path) -> None:
         """Writes a report for each filter step and the summary, and prints the latter."""
-        rows = [row(step, folder) for step, folder in steps.done]
-        for at, (step, folder) in enumerate(steps.done):
+        rows = [row(step, folder) for step, folder in done]
+        for at, (step, folder) in enumerate(done):
             if step.stage == "filter":
+                report = out / f"{step.name.replace('filter', 'report')}.html"
                 view = View(records=str(folder), **self.view)
-                out = steps.folder / f"{step.name.replace('filter', 'report')}.html"
-                numbers = write_report(out, view, title=f"CapFilt: {steps.folder.name}", costs=rows[:at])
-                rows[at] |= {"kept": numbers["all/kept"], "report": str(out)}
-        replace(steps.folder / "summary.json", json.dumps(rows, indent=1) + "\n")
+                numbers = write_report(report, view, title=f"CapFilt: {out.name}", costs=rows[:at])
+                rows[at] |= {"kept": numbers["all/kept"], "report": str(report)}
+        replace(out / "summary.json", json.dumps(rows, indent=1) + "\n")
         print(*table(rows), *(about["report"] for about in rows if "report" in about), sep="\n", flush=True)
 
     def plan(self) -> Generator[list[Step], list[Path], None]:
@@ -139,42 +142,45 @@ class CapFilt:
             (synthetic,) = yield [self.over_shards("generate", number, captioner)]
             judge = {"stage.scorers.filter.checkpoint": models["filter"]}
             (records,) = yield [self.over_shards("filter", number, {"stage.synthetic": [synthetic], **judge})]
-            kept: dict[str, Any] = {f"data.sources.{at}.view.records": records for at, _ in self.web_sources()}
+            kept = {f"data.sources.{self.web_source[0]}.view.records": records}
             again = self.training("repretrain", number, kept | ({"ckpt": pretrained} if self.continuing else {}))
             model = weights_in((yield [again])[0])
 
     def training(self, stage: str, number: int, uses: Mapping[str, Any] | None = None) -> Step:
-        return Step(stage, named(stage, number), self.said(stage), uses or {})
+        view: list[str] = []
+        if stage == "repretrain":
+            kept = {**self.view, "control": True} if self.control else self.view
+            view = [override(f"data.sources.{self.web_source[0]}.view", kept)]
+        return Step(stage, named(stage, number), (*self.said(stage), *view), uses or {})
 
     def over_shards(self, stage: str, number: int, uses: Mapping[str, Any]) -> Step:
-        """`generate` or `filter`, over the shards of the sources that are the web."""
-        shards = override(
-            "stage.shards", list(dict.fromkeys(s for _, source in self.web_sources() for s in shards_of(source)))
-        )
+        """`generate` or `filter`, over the shards of the web."""
+        shards = override("stage.shards", shards_of(self.web_source[1]))
         workers = max(1, self.jobs.get(stage, 1))
         return Step(
             stage, named(stage, number), (*self.said(stage), shards), uses, workers, "records", ("manifest.json",)
         )
 
     def said(self, stage: str) -> tuple[str, ...]:
-        """Overrides of a stage: what it is, what the command line says to all, what the pipeline's config says to it."""
-        view: list[str] = []
-        if stage == "repretrain":
-            wanted = {**self.view, **({"control": True} if self.control else {})}
-            view = [override(f"data.sources.{at}.view", wanted) for at, _ in self.web_sources()]
-        for_all = [said for said in self.for_all if stage not in PASSES or said.lstrip("+").startswith(FOR_PASSES)]
-        return (f"stage={stage}", *for_all, *view, *self.overrides.get(stage, ()))
+        """Overrides of a stage: what it is, what the command line says to all, what the pipeline's config says to it alone.
 
-    def web_sources(self) -> list[tuple[int, Mapping[str, Any]]]:
+        An experiment that is said to a stage takes the place of conf/stage.
+        """
+        own = tuple(self.overrides.get(stage, ()))
+        what = () if any(text.startswith("experiment=") for text in own) else (f"stage={stage}",)
+        for_all = [text for text in self.for_all if stage not in PASSES or text.lstrip("+").startswith(FOR_PASSES)]
+        return (*what, *for_all, *own)
+
+    @cached_property
+    def web_source(self) -> tuple[int, Mapping[str, Any]]:
         """(position, source) of the web among what `repretrain` reads. ValueError where there is none of that name."""
-        stage = "repretrain"
-        cfg = composed([f"stage={stage}", *self.for_all, *self.overrides.get(stage, ())], self.root)
+        cfg = composed(self.said("repretrain"), self.root)
         sources: Any = OmegaConf.to_container(cfg.data.sources, resolve=True)
-        found = [(at, source) for at, source in enumerate(sources) if source["name"] in self.web]
-        if len(found) < len(self.web):
-            names = ", ".join(source["name"] for source in sources)
-            raise ValueError(f"pipeline.web={self.web}: the sources of {stage} are {names}")
-        return found
+        for at, source in enumerate(sources):
+            if source["name"] == self.web:
+                return at, source
+        names = ", ".join(source["name"] for source in sources)
+        raise ValueError(f"pipeline.web={self.web}: the sources of repretrain are {names}")
 
 
 def named(stage: str, number: int) -> str:
@@ -206,9 +212,10 @@ def row(step: Step, folder: Path) -> dict[str, Any]:
         about |= {f"texts/{source}": count for source, count in manifest["rows"].items()}
     else:
         config = json.loads((folder / "step.json").read_text())["config"]
-        steps, accumulated = config["trainer.max_steps"], config["trainer.accumulate_grad_batches"]
-        if steps > 0:
-            about["pairs"] = steps * accumulated * config["data.batch_size"]
+        keys = ("max_steps", "accumulate_grad_batches", "num_nodes", "devices")
+        counts = [config.get(f"trainer.{key}") for key in keys]
+        if all(isinstance(count, int) and count > 0 for count in counts):
+            about["pairs"] = math.prod(counts) * config["data.batch_size"]
     return about | {"folder": str(folder)}
 
 

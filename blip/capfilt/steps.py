@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,14 +49,13 @@ NO_MATTER = (
 BY_FINGERPRINT = ("stage.shards", "stage.index")  # wherever they lie
 # Lines that stay in a step's log: details, paths, Hydra's own; errors are told when the step has ended.
 UNTOLD = (
-    " ",
-    "/",
-    "[",
-    "error: ",
-    "Error executing job",
-    "Traceback",
-    "subprocess.Called",
-    "Set the environment variable",
+    *(" ", "/", "[", "error: "),
+    *(
+        "Error executing job",
+        "Traceback",
+        "subprocess.CalledProcessError",
+        "Set the environment variable HYDRA_FULL_ERROR",
+    ),
 )
 POLL = 0.2  # seconds between looks at what is running
 PATIENCE = 300  # seconds that a step which was told to stop has for its checkpoint
@@ -110,7 +110,7 @@ class Steps:
     ) -> None:
         self.folder, self.root, self.launcher = folder, root, launcher
         self.resources, self.command = dict(resources or {}), tuple(command)
-        self.done: list[tuple[Step, Path]] = []  # all that were asked for, in their order
+        self.done: dict[str, Path] = {}  # name -> folder of all that were asked for, in their order
 
     def run(self, *steps: Step, only: Collection[str] | None = None) -> list[Path]:
         """Runs side by side those that are not finished; the folders of all.
@@ -140,7 +140,7 @@ class Steps:
         except BaseException:  # a step has failed, or the driver is told to end
             end(running)
             raise
-        self.done += zip(steps, folders, strict=True)
+        self.done |= {step.name: folder for step, folder in zip(steps, folders, strict=True)}
         return folders
 
     def start(self, step: Step, folder: Path, decided: Mapping[str, Any], threads: int) -> Running:
@@ -178,6 +178,7 @@ class Steps:
             yield f"stage.worker=range(0,{step.workers})"
         if self.launcher == "joblib" or (self.launcher == "local" and step.workers > 1):
             yield from ("hydra/launcher=joblib", f"hydra.launcher.n_jobs={max(1, step.workers)}")
+            yield "++hydra.job.env_set.LOCAL_RANK='${hydra.job.num}'"  # each its own GPU
         elif self.launcher != "local":
             yield f"hydra/launcher={self.launcher}"
         for key, value in {**self.resources.get("all", {}), **self.resources.get(step.stage, {})}.items():
@@ -228,7 +229,8 @@ def override(key: str, value: Any) -> str:
 
 def _quoted(value: Any) -> str:
     if isinstance(value, str):
-        return "'" + value.replace("'", r"\'") + "'"
+        # a backslash says itself, but before a quotation mark
+        return "'" + re.sub(r"(\\*)('|$)", lambda at: 2 * at[1] + (r"\'" if at[2] else ""), value) + "'"
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_quoted(v)}" for key, v in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -258,7 +260,8 @@ def fingerprint(path: Path) -> str:
     """Of what a finished step left, as written there; of any other file or folder, of its bytes. ValueError where nothing is."""
     for folder in (path, *path.parents):
         if (folder / "finished.json").exists():
-            return json.loads((folder / "finished.json").read_text())["output"]
+            output = json.loads((folder / "finished.json").read_text())["output"]
+            return output if path == folder else f"{output} {path.relative_to(folder)}"
     if not path.exists():
         raise ValueError(f"{path}: there is nothing; name weights that exist")
     return digest(path)
@@ -305,7 +308,8 @@ def wait_for(file: int, step: Step, folder: Path) -> None:
         if free(file) and not (jobs := queued(folder)):
             return
         if told is None:
-            say(step.name, f"is still at work from an earlier start {' '.join(jobs)}; waits for its end")
+            who = f" (job {', '.join(jobs)})" if jobs else ""
+            say(step.name, f"is still at work from an earlier start{who}; waits for its end")
             told = {path: path.stat().st_size for path in logs(folder)}
         tell(step, folder, told)
         time.sleep(10 * POLL if jobs else POLL)
@@ -364,11 +368,13 @@ def end(running: Sequence[Running]) -> None:
     for one in left:
         until = time.monotonic() + PATIENCE
         with open(one.folder / "log.txt", "ab") as file:
-            while not free(file.fileno()) or queued(one.folder):
+            while not free(file.fileno()):
                 if time.monotonic() > until:
                     kill(one, signal.SIGKILL)
                 tell(one.step, one.folder, one.told)
                 time.sleep(POLL)
+        while queued(one.folder) and time.monotonic() < until:
+            time.sleep(10 * POLL)
         one.process.wait()
         tell(one.step, one.folder, one.told, whole=True)
 
