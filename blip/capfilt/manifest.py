@@ -76,7 +76,8 @@ def sum_up(folder: Path, names: Sequence[str], key: str, left_out: dict[str, int
         "pictures": pictures,
         "in": by_source("in"),
         "rows": by_source("rows"),
-        "broken": {reason: {"count": len(found), "first": found[:NAMED]} for reason, found in sorted(broken.items())},
+        "broken": {reason: len(found) for reason, found in sorted(broken.items())},
+        "broken_names": {reason: found[:NAMED] for reason, found in sorted(broken.items())},
         "left_out_by_the_index": left_out,
         "seconds": round(seconds, 3),  # of all workers together
         "pictures_per_s": round(pictures / seconds, 3) if seconds else None,  # of one worker

@@ -119,7 +119,7 @@ class Pass:
         log.info(
             "%s: %s texts of %s pictures, %d broken; %.0f pictures/s a process, %.0f %% of the time waiting for data",
             *(self.folder, f"{sum(told['rows'].values()):,}", f"{told['pictures']:,}"),
-            *(sum(each["count"] for each in told["broken"].values()), told["pictures_per_s"] or 0.0),
+            *(sum(told["broken"].values()), told["pictures_per_s"] or 0.0),
             100 * (told["waited_for_data"] or 0.0),
         )
 

@@ -208,6 +208,7 @@ def test_a_shard_that_another_process_works_on_is_left_to_it(shards: list[str], 
             return super().write(pixels, seeds)
 
     other = apart(lambda: made(shards[:2], tmp_path, captioners={"captioner": Waiting()}) and None)
+    os.close(told_out[1])  # so that its end is seen
     os.read(told_out[0], 1)  # it has the first shard
     made(shards[:2], tmp_path, captioners={"captioner": Namer()})
     assert [path.name for path in records.files(tmp_path)] == ["00001.tar.parquet"]
@@ -263,10 +264,9 @@ def test_broken_pictures_are_counted_and_named_and_the_rest_goes_on(own: list[st
     folder = made(own, tmp_path / "out", **both())
     manifest = told(folder)
     (reason,) = manifest["broken"]
-    assert manifest["broken"][reason] == {
-        "count": 6,
-        "first": ["00000.tar: 00002", *(f"00003.tar: {number:05d}" for number in range(15, 20))],
-    }
+    names = ["00000.tar: 00002", *(f"00003.tar: {number:05d}" for number in range(15, 20))]
+    assert manifest["broken"] == {reason: 6}
+    assert manifest["broken_names"] == {reason: names}
     assert manifest["pictures"] == 14
     assert manifest["in"] == {"web": 20}
     assert manifest["rows"] == {"synthetic": 14, "web": 14}
@@ -281,10 +281,7 @@ def test_what_the_index_leaves_out_is_in_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(tar_of(members))
     manifest = told(made(str(tmp_path / "0.tar"), tmp_path / "out", **both()))
     assert manifest["pictures"] == 2
-    assert (
-        manifest["left_out_by_the_index"] == {"picture not an image": 1}
-        or sum(manifest["left_out_by_the_index"].values()) == 1
-    )
+    assert sum(manifest["left_out_by_the_index"].values()) == 1
 
 
 def test_shards_that_cannot_be_read_are_named_when_all_others_are_done(own: list[str], tmp_path: Path) -> None:
@@ -344,7 +341,9 @@ def test_a_full_disk_is_one_error_and_what_is_finished_stays(own: list[str], tmp
             os.write(write, str(error).encode())
             raise
 
-    assert ended(apart(work)) == 1
+    child = apart(work)
+    os.close(write)
+    assert ended(child) == 1
     assert b"00002.tar.parquet cannot be written (File too large); what was finished before stays" in os.read(
         read, 10_000
     )
