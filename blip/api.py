@@ -14,10 +14,8 @@ gives a list. What a result is does not depend on what else is in the batch.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -26,23 +24,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from omegaconf import OmegaConf
-from torch import Tensor, nn
 
-from blip.datamodules.files import Place
-from blip.datamodules.images import ImageError, decode, resize_square
-from blip.layout import TextLayout
-from blip.modules.blip import BLIP
-from blip.modules.checkpoint import Weights, read, sizes
-from blip.modules.checkpoint import load as fill
+from blip.loaded import Loaded, Picture, device_of
+from blip.modules.checkpoint import read
 from blip.modules.generation import Decoding, generate, noise
 from blip.modules.matching import match
-from blip.modules.names import part
-from blip.modules.vit import normalize
 from blip.modules.vqa import VQA, Candidates, rank
-from blip.text import Tokenizer, clean_caption, clean_question
-
-Picture = str | PathLike[str] | bytes | PIL.Image.Image | np.ndarray
+from blip.text import Tokenizer, clean_question
 
 PAPER = {  # section 5.2, as released (conf/decoding/beam.yaml): beam search over 3, at most 20 ids with [DEC] and the prompt
     "strategy": "beam", "max_length": 20, "min_length": 5, "beams": 3, "top_p": 0.9, "top_k": 0, "temperature": 1.0,
@@ -53,7 +41,7 @@ FIRST = 128  # of the answers to choose from so many are compared in full, by th
 SMOOTHING = 0.1  # of their likelihood, that of the training, as released
 RELEASED_PROMPT = "a picture of"
 TEXTS_AT_ONCE = 512  # that go through ITM together
-MAX_WORDS, MAX_QUESTION_WORDS, MAX_TOKENS = 30, 50, 35  # of a text and a question, where the checkpoint does not say
+MAX_QUESTION_WORDS = 50  # where the checkpoint does not say
 
 
 @dataclass(frozen=True)
@@ -105,52 +93,8 @@ def load(
     return Model(weights, words, device_of(device), precision)
 
 
-def device_of(device: str | torch.device | None) -> torch.device:
-    """The device that is named, by default the GPU where there is one. ValueError where it cannot be had."""
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=chosen).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {chosen!r} cannot be had here: {str(error).splitlines()[0]}") from error
-
-
-class Model:
-    """What `load` returns. `parts` are those of the checkpoint, in words; a method that needs one it lacks says so.
-
-    fingerprint: a digest of the weights, equal for equal models, whatever their file is called.
-    """
-
-    def __init__(self, weights: Weights, tokenizer: Tokenizer, device: torch.device, precision: str) -> None:
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, not {precision!r}")
-        self.path, self.tokenizer, self.device, self.precision = weights.path, tokenizer, device, precision
-        self.config = OmegaConf.create(weights.config)
-        heads = self._said("model.vit.heads"), self._said("model.med.heads")
-        config = sizes(weights.tensors, weights.heads or (None if None in heads else heads))
-        if config.med.vocab_size != len(tokenizer):
-            raise ValueError(
-                f"{weights.path} has {config.med.vocab_size} pieces and the vocabulary {len(tokenizer)}: give the one that the "
-                "model was trained with"
-            )
-        config = replace(config, dec_id=tokenizer.dec_id, enc_id=tokenizer.enc_id)
-        self.parts = {part(name) for name in weights.tensors}
-        answers = {"text encoder", "text decoder"} <= self.parts and "ITM head" not in self.parts
-        self.network: Any = (
-            VQA(config) if answers else BLIP(config, "ITM head" in self.parts, "text decoder" in self.parts)
-        )
-        self.report = fill(self.network, weights)
-        self.fingerprint = _digest(self.network)
-        if precision == "bfloat16":
-            _halve(self.network)
-        self.network.to(device).eval().requires_grad_(False)
-        self.image_size = config.vit.image_size
-
-    @cached_property
-    def identity(self) -> str:
-        """A digest of all that decides what it says of a picture but decoding: weights, vocabulary, limits of texts, precision."""
-        limits = [str(self._said(f"data.{name}")) for name in ("max_words", "max_tokens")]
-        told = "\n".join([self.fingerprint, self.precision, *limits, self.tokenizer.to_json()])
-        return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+class Model(Loaded):
+    """What `load` returns; a method that needs a part which the checkpoint lacks says so."""
 
     # what it says of pictures -----------------------------------------------------------------------------------------
 
@@ -178,8 +122,8 @@ class Model:
         self.needs("text decoder", no=VQA)
         tokenizer = self.tokenizer
         ids = [tokenizer.dec_id, *(tokenizer.encode([prompt], how.max_length)[0][1:-1] if prompt else [])]
-        with self._quietly():
-            cross = self.network.med.look(self._states(pixels), decoder=True)
+        with self.quietly():
+            cross = self.network.med.look(self.states(pixels), decoder=True)
             uniform = None
             if how.strategy == "nucleus":
                 uniform = noise(seeds, how.samples, how.max_length - len(ids)).to(self.device)
@@ -209,7 +153,7 @@ class Model:
         lists: list[list[str]] = [list(each) for each in wanted] if own else [wanted]  # type: ignore[list-item]
         if not all(lists):
             raise ValueError("answer: no question is given")
-        how = _decoding(self._said("task.evaluators.vqa.decoding") or ANSWERS, decoding)
+        how = _decoding(self.said("task.evaluators.vqa.decoding") or ANSWERS, decoding)
         if how.strategy == "nucleus" or how.samples > 1:
             raise ValueError("an answer is the likeliest one: greedy or beam search, and samples=1")
         candidates = None
@@ -221,9 +165,9 @@ class Model:
             if len(asked) != len(pixels):
                 raise ValueError(f"{len(asked)} lists of questions for {len(pixels)} pictures: one for each")
             texts = [text for each in asked for text in each]
-            ids, layout = self._tokens(texts, clean_question, MAX_QUESTION_WORDS)
+            ids, layout = self.packed(texts, clean_question, MAX_QUESTION_WORDS)
             row = torch.tensor([n for n, each in enumerate(asked) for _ in each], device=self.device)
-            looked = network.ask(ids, layout, network.med.look(self._states(pixels)), row)
+            looked = network.ask(ids, layout, network.med.look(self.states(pixels)), row)
             if candidates is None:
                 told = generate(network.med, looked, [tokenizer.dec_id], how, tokenizer.sep_id, tokenizer.pad_id)
                 rows = zip(told.ids.tolist(), told.log_probs.sum(1).tolist(), strict=True)
@@ -262,9 +206,9 @@ class Model:
         row = [n for n, each in enumerate(texts) for _ in each]
         if not row:
             return [[] for _ in texts]
-        ids = self._encode([text for each in texts for text in each])
-        with self._quietly():
-            found = match(self.network, self._states(pixels), ids, row, at_once)
+        ids = self.encode([text for each in texts for text in each])
+        with self.quietly():
+            found = match(self.network, self.states(pixels), ids, row, at_once)
         told = (Match(*each) for each in zip(*(x.tolist() for x in found), strict=True))
         return [[next(told) for _ in each] for each in texts]
 
@@ -273,7 +217,7 @@ class Model:
         self.needs("ITC projections")
 
         def features(pixels: list[np.ndarray]) -> list[np.ndarray]:
-            return list(self.network.image_features(self._states(pixels)).cpu().numpy())
+            return list(self.network.image_features(self.states(pixels)).cpu().numpy())
 
         found = self._each(pictures, features)
         return np.stack(found) if isinstance(found, list) else found
@@ -281,8 +225,8 @@ class Model:
     def embed_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """The same of texts: [E] of one, [R, E] of a list."""
         self.needs("ITC projections")
-        ids, layout = self._tokens([texts] if isinstance(texts, str) else list(texts))
-        with self._quietly():
+        ids, layout = self.packed([texts] if isinstance(texts, str) else list(texts))
+        with self.quietly():
             found = self.network.text_features(ids, layout).cpu().numpy()
         return found[0] if isinstance(texts, str) else found
 
@@ -293,31 +237,13 @@ class Model:
         """What captions begin with: as the checkpoint's own run has it, in other layouts the released prompt."""
         if not self.config:
             return RELEASED_PROMPT
-        return self._said("task.evaluators.caption.prompt") or ""
+        return self.said("task.evaluators.caption.prompt") or ""
 
     def decoding(self, **changed: Any) -> Decoding:
         """The run's own decoding, else the paper's, with what is given changed. ValueError for a name or value that is none."""
-        return _decoding(self._said("task.evaluators.caption.decoding") or PAPER, changed)
-
-    def needs(self, *parts: str, no: type | None = None) -> None:
-        """ValueError that names the parts which the checkpoint lacks."""
-        if lacking := [words for words in parts if words not in self.parts]:
-            raise ValueError(f"{self.path} has no {', no '.join(lacking)}, which this needs")
-        if no is not None and isinstance(self.network, no):
-            raise ValueError(f"{self.path} answers questions: its decoder looks at questions, not at pictures")
+        return _decoding(self.said("task.evaluators.caption.decoding") or PAPER, changed)
 
     # inside -----------------------------------------------------------------------------------------------------------
-
-    def _said(self, key: str) -> Any:
-        """A value of the checkpoint's config, references followed; None where there is none."""
-        value = OmegaConf.select(self.config, key)
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-    def _quietly(self) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"))
-        return stack
 
     def _each(self, pictures: Picture | Sequence[Picture], say: Callable[[list[np.ndarray]], list[Any]]) -> Any:
         """Runs `say` over the pixels of all pictures and gives one picture's result alone."""
@@ -325,46 +251,9 @@ class Model:
         pixels = [self.pixels(picture) for picture in (pictures if several else [pictures])]  # type: ignore
         if not pixels:
             return []
-        with self._quietly():
+        with self.quietly():
             found = say(pixels)
         return found if several else found[0]
-
-    def _states(self, pixels: Sequence[np.ndarray]) -> Tensor:
-        """What texts look at: [B, N, D] of pictures [S, S, 3] uint8."""
-        image = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # [B, 3, S, S] uint8
-        return self.network.visual_encoder(normalize(image.to(self.device)))
-
-    def pixels(self, picture: Picture | Place) -> np.ndarray:
-        """A picture as the model sees it: the whole of it as a square, [S, S, 3] uint8. ValueError names what is none."""
-        if isinstance(picture, str | PathLike):
-            picture = Place(os.fspath(picture), os.fspath(picture))
-        if isinstance(picture, Place):
-            place = picture
-            try:
-                picture = decode(place.read())
-            except ImageError as error:
-                raise ValueError(f"{place.name}: {error}") from error
-        elif isinstance(picture, bytes):
-            picture = decode(picture)
-        elif isinstance(picture, PIL.Image.Image):
-            picture = np.array(picture.convert("RGB"))
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(f"an array must be [H, W, 3] uint8 (RGB), not {list(picture.shape)} {picture.dtype}")
-        square = (self.image_size, self.image_size, 3)
-        return picture if picture.shape == square else resize_square(np.ascontiguousarray(picture), self.image_size)
-
-    def _tokens(
-        self, texts: list[str], clean: Callable[[str, int], str] = clean_caption, max_words: int = MAX_WORDS
-    ) -> tuple[Tensor, TextLayout]:
-        ids = self._encode(texts, clean, max_words)
-        packed = torch.tensor([i for text in ids for i in text], device=self.device)
-        return packed, TextLayout.from_lengths([len(text) for text in ids]).to(self.device)
-
-    def _encode(
-        self, texts: list[str], clean: Callable[[str, int], str] = clean_caption, max_words: int = MAX_WORDS
-    ) -> list[list[int]]:
-        words, tokens = self._said("data.max_words") or max_words, self._said("data.max_tokens") or MAX_TOKENS
-        return self.tokenizer.encode([clean(text, words) for text in texts], tokens)
 
     def _caption(self, ids: list[int], log_probs: list[float]) -> Caption:
         total = sum(log_probs)
@@ -377,22 +266,6 @@ def _decoding(node: Mapping[str, Any], changed: Mapping[str, Any]) -> Decoding:
     if unknown := set(changed) - known:
         raise ValueError(f"decoding has no {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
     return Decoding(**{name: value for name, value in {**node, **changed}.items() if name in known})
-
-
-def _digest(network: nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _halve(network: nn.Module) -> None:
-    """Holds what autocast multiplies with in bfloat16, so that it is not rounded anew at each call, and at each token."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.bfloat16(), requires_grad=False))
 
 
 def _seed(seed: int, pixels: np.ndarray) -> int:

@@ -72,7 +72,7 @@ def test_matches_are_those_of_the_model_itself(model: Model):
     with torch.no_grad():
         states = model.network.visual_encoder(image)
         for text, found in zip(words, model.match(picture(0), words), strict=True):
-            ids, layout = model._tokens([text])
+            ids, layout = model.packed([text])
             logits = model.network.itm_logits(ids, layout, model.network.med.look(states))
             cosine = model.network.image_features(states) @ model.network.text_features(ids, layout).T
             assert found.probability == pytest.approx(logits.softmax(-1)[0, 1].item(), abs=1e-5)

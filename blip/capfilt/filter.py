@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip.api import TEXTS_AT_ONCE, device_of, load
+from blip.api import TEXTS_AT_ONCE, load
+from blip.loaded import device_of
 
 READ = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of a folder of transformers
 
