@@ -164,7 +164,7 @@ def histogram(
 ) -> str:
     """Counts between `edges` [K+1], one outline a layer (class k, d or m -> [K]); heights by the square root, so that few are seen.
 
-    `cut` is marked by a dashed line.
+    `title` is HTML without tags; `cut` is marked by a dashed line.
     """
     top = max([1, *(int(layer.max(initial=0)) for layer in layers.values())])
     low, high = float(edges[0]), float(edges[-1])
@@ -188,8 +188,8 @@ def histogram(
         drawn.append(f'<path class="area {style}" d="{"".join(steps)}V{y(0):.1f}Z"/>')
     if cut is not None and low <= cut <= high:
         drawn.append(f'<path class=cut d="M{x(cut):.1f} {TOP - 4}V{y(0):.1f}"/>')
-    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{said(title)}">{"".join(drawn)}</svg>'
-    return f"<figure class=chart><figcaption>{said(title)}</figcaption>{picture}</figure>"
+    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{title}">{"".join(drawn)}</svg>'
+    return f"<figure class=chart><figcaption>{title}</figcaption>{picture}</figure>"
 
 
 def _ticks(top: int) -> list[int]:

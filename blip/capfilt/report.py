@@ -52,7 +52,7 @@ def write_report(
         raise ValueError(f"{out}: a report is an .html file")
     (folder, *_) = view.folders
     described = description(folder) if (folder / "description.json").is_file() else {}
-    index, missing = _index(described if shards is None else {"shards": shards})
+    index, missing = _index(described, shards)
     found = tally(view, index, seed)
     shown: dict[tuple[str, int], tuple[str, bool]] = {}
     if index is not None:
@@ -68,14 +68,18 @@ def write_report(
     return numbers
 
 
-def _index(described: Mapping[str, Any]) -> tuple[Index | None, str]:
-    """(index of the shards, nothing) or (None, why they cannot be read)."""
-    if not described.get("shards"):
+def _index(described: Mapping[str, Any], shards: str | Sequence[str] | None) -> tuple[Index | None, str]:
+    """(index of the shards, nothing) or (None, why they cannot be read): those given, or those of the pass."""
+    given = described.get("shards") if shards is None else shards
+    if not given:
         return None, "the records do not say where their shards lie; name them (--shards)"
     try:
-        return open_index(described["shards"], described.get("index"), check=False), ""
+        index = open_index(given, described.get("index") if shards is None else None)
     except (OSError, ValueError) as error:
         return None, str(error)
+    if index.fingerprint != described.get("input", index.fingerprint):
+        return None, "they are others than the records are of, or in another order"
+    return index, ""
 
 
 def together(labels: Mapping[str, Label]) -> dict[str, Label]:

@@ -13,7 +13,7 @@ import numpy as np
 from blip.capfilt import page
 from blip.capfilt.examples import Example
 from blip.capfilt.page import bar, card, histogram, key, number, percent, said, table
-from blip.capfilt.tally import BELOW, BINS, NOT_TAKEN, REASONS, Label, Tally
+from blip.capfilt.tally import BELOW, BINS, REASONS, Label, Tally
 from blip.capfilt.words import LONGEST
 from blip.datamodules.shapes_truth import TRUE
 from blip.datamodules.views import View
@@ -74,9 +74,7 @@ def _lead(told: Told) -> str:
         of = len(told.described.get("shards", ())) or "an unknown number of"
         rule += f"<p class=soft>The pass is not finished: {number(told.found.shards)} of {of} shards have records.</p>"
     if told.missing:
-        rule += (
-            f"<p class=soft>Without pictures and without truth: the shards cannot be read ({said(told.missing)}).</p>"
-        )
+        rule += f"<p class=soft>Without pictures: the shards cannot be read ({said(told.missing)}).</p>"
     return rule
 
 
@@ -109,10 +107,9 @@ def _kept(told: Told) -> str:
     for name in names:
         dropped = [number(told.of(name, f"dropped/{reason.replace(' ', '_')}") or 0) for reason in reasons]
         ratio = told.of(name, "noise_ratio")
-        own = told.labels[name].dropped[NOT_TAKEN] == 0 if name in told.labels else True
-        shown = bar(ratio / 100, style="d") if own and ratio is not None else ""
+        shown = "" if ratio is None else bar(ratio / 100, style="d")
         counts = [number(told.of(name, what)) for what in ("texts", "kept")]
-        rows.append([_label(name), *counts, *dropped, percent(ratio) if own else percent(None), shown])
+        rows.append([_label(name), *counts, *dropped, percent(ratio), shown])
         styles.append("total" if name == "all" else "part" if name.startswith("synthetic ") else "")
     head = ["Source", "#Texts", "#Kept", *(f"#{words.get(reason, reason).capitalize()}" for reason in reasons)]
     body = table([*head, "#Noise ratio", ""], rows, styles)
@@ -218,7 +215,7 @@ def _other_thresholds(told: Told) -> str:
     if not column or told.view.share is not None:
         return ""
     low, high = told.found.ranges[column]
-    names = [name for name, label in told.labels.items() if column in label.scores]
+    names = [name for name in told.labels if name in told.view.sources]
     rows = []
     for step in range(10, BINS, 10):
         threshold = low + (high - low) * step / BINS

@@ -43,7 +43,8 @@ REASONS = (BELOW, EMPTY, UNSCORED, NOT_TAKEN)
 class Label:
     """Texts of one source, of synthetic ones those of one captioner.
 
-    dropped: reason -> texts; scores: column -> [2, BINS], dropped and kept; before, after: words of a sample of all, and of those kept
+    dropped: reason -> texts; scores: column -> [2, BINS], dropped (but empty ones) and kept
+    before, after: words of a sample of all, and of those kept
     deciding, decided, kinds, picture: of the texts whose truth is known the score that the view goes by, whether it keeps them,
     their kind, a number for each picture;
     attributes: of those [dropped, kept][agreeing, slots], as `shapes_truth.Compared` counts them
@@ -248,7 +249,7 @@ def _add_texts(
         entry.dropped += Counter({reason: int((rows & mask).sum()) for reason, mask in dropped.items()})
         for column, ends in found.ranges.items():
             counted = entry.scores.setdefault(column, np.zeros((2, BINS), np.int64))
-            for part, mask in enumerate((rows & ~kept, rows & kept)):
+            for part, mask in enumerate((rows & ~kept & ~dropped[EMPTY], rows & kept)):
                 values = scores[column][mask]
                 counted[part] += np.histogram(values[np.isfinite(values)], BINS, ends)[0]
         for texts, mask in ((entry.before, rows & sampled), (entry.after, rows & sampled & kept)):

@@ -188,13 +188,15 @@ def test_the_same_seed_gives_the_same_page_and_another_one_other_pictures(passed
     assert pages[0] == pages[1] != pages[2]
 
 
-@pytest.mark.parametrize("gone", ["shards", "description"])
+@pytest.mark.parametrize("gone", ["shards", "description", "order"])
 def test_without_the_shards_the_report_has_no_pictures_and_says_so(world: Path, tmp_path: Path, gone: str) -> None:
     folder = tmp_path / "records"
     rows = scored(folder, world)
     described_by = json.loads((folder / "description.json").read_text())
     if gone == "shards":
         (folder / "description.json").write_text(json.dumps(described_by | {"shards": [str(tmp_path / "gone-0.tar")]}))
+    elif gone == "order":
+        (folder / "description.json").write_text(json.dumps(described_by | {"shards": described_by["shards"][::-1]}))
     else:
         (folder / "description.json").unlink()
     numbers = write_report(tmp_path / "report.html", View(folder))
@@ -229,9 +231,39 @@ def test_a_share_and_several_scores_are_told_as_they_decide(passed: tuple, tmp_p
     web = write_report(tmp_path / "web.html", View(folder, sources=("web",)))
     assert web["synthetic/kept"] == 0
     assert web["synthetic/dropped/source_not_taken"] == 120
+    assert web["synthetic/noise_ratio"] is None
+    assert web["all/noise_ratio"] == web["web/noise_ratio"]
     assert web == replace_view(
         write_report(tmp_path / "control.html", replace(View(folder, sources=("web",)), control=True))
     )
+
+
+def test_every_text_is_counted_by_who_wrote_it_and_why_it_is_dropped(tmp_path: Path) -> None:
+    said = [
+        ("web", None, "a dog", 0.9),
+        ("web", None, " .!", 0.9),
+        ("human", None, "a cat", 0.1),
+        ("synthetic", "beam", "a dog", 0.5),
+        ("synthetic", "beam", "a cow", 0.4),
+        ("synthetic", "nucleus", "a dog runs", float("nan")),
+    ]
+    rows: dict[str, list] = {column: [None] * len(said) for column in records.schema(("itm",)).names}
+    rows |= {"record": [0] * len(said), "key": ["k"] * len(said)}
+    rows |= dict(zip(("source", "captioner", "text", "itm"), map(list, zip(*said, strict=True)), strict=True))
+    about = {"pictures": 1, "seconds": 0.0, "broken": [["one", "empty"], ["two", "empty"]]}
+    path = records.path_of(tmp_path / "records", "a/0.tar")
+    records.write(path, rows, ("itm",), about, path.with_suffix(".partial"))
+    numbers = write_report(tmp_path / "report.html", View(tmp_path / "records"))
+    assert (numbers["web/kept"], numbers["web/dropped/empty"], numbers["web/noise_ratio"]) == (1, 1, 50.0)
+    assert (numbers["human/dropped/source_not_taken"], numbers["human/noise_ratio"]) == (1, None)
+    assert (numbers["synthetic_beam/kept"], numbers["synthetic_beam/dropped/below_the_threshold"]) == (1, 1)
+    assert numbers["synthetic_nucleus/dropped/not_scored"] == 1
+    assert (numbers["synthetic/texts"], numbers["synthetic/kept"], numbers["all/texts"]) == (3, 1, 6)
+    assert numbers["all/noise_ratio"] == pytest.approx(60.0)  # of the five that the view asks about
+    assert numbers["broken/empty"] == 2
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "T<sub>s</sub> beam" in text
+    assert "a/0.tar: two" in text
 
 
 def replace_view(numbers: dict[str, Any]) -> dict[str, Any]:
