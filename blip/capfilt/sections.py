@@ -117,7 +117,7 @@ def _kept(told: Told) -> str:
     return (
         f"{body}<p class=soft>Noise ratio: the share that is dropped. The paper drops 25 % of the texts that its captioner wrote by "
         "nucleus sampling and 19 % of those by beam search (Table 2), 8 % where captioner and filter share their weights (Table 4); "
-        f"of web texts it gives no number. {number(bare)} pictures keep no text.</p>"
+        f"of web texts it gives no number. Pictures that keep no text: {number(bare)}.</p>"
     )
 
 
