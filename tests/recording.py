@@ -1,4 +1,4 @@
-"""A callback for tests: writes down which pairs a run trains on, step by step, and can cut the run off."""
+"""Callbacks for tests: one writes down which pairs a run trains on, step by step, and can cut it off; others slow or tell a rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import lightning as L
 
 class Samples(L.Callback):
     """A line a micro-batch in `folder`/samples-N.jsonl, N counting the starts of the run: step, place in the stream, keys, texts
-    and a hash of the pictures as the model gets them.
+    and a hash of the pictures as the model gets them. Of rank r > 0 in samples_of_r-N.jsonl.
 
     stop_after: the optimizer step after which the run is cut off by an InterruptedError, after what that step saves.
     """
@@ -23,8 +23,8 @@ class Samples(L.Callback):
         self.folder, self.stop_after = Path(folder), stop_after
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        starts = len(list(self.folder.glob("samples-*.jsonl")))
-        self.path = self.folder / f"samples-{starts}.jsonl"
+        starts = len(written(self.folder, trainer.global_rank))
+        self.path = self.folder / f"{name_of(trainer.global_rank)}-{starts}.jsonl"
         self.path.touch()
 
     def on_train_batch_start(
@@ -45,11 +45,19 @@ class Samples(L.Callback):
             file.write(json.dumps(line) + "\n")
 
 
-def samples(folder: Path) -> list[dict[str, Any]]:
+def name_of(rank: int) -> str:
+    return f"samples_of_{rank}" if rank else "samples"
+
+
+def written(folder: Path, rank: int) -> list[Path]:
+    return list(folder.glob(f"{name_of(rank)}-*.jsonl"))
+
+
+def samples(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     """What the run of a folder was trained on in the end: each start replaces all from the step on that it went on at."""
     kept: list[dict[str, Any]] = []
-    for number in range(len(list(folder.glob("samples-*.jsonl")))):
-        lines = (folder / f"samples-{number}.jsonl").read_text().splitlines(keepends=True)
+    for number in range(len(written(folder, rank))):
+        lines = (folder / f"{name_of(rank)}-{number}.jsonl").read_text().splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut by a kill
         if rows:
             again = [row for row in kept if row["step"] >= rows[0]["step"]]
