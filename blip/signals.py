@@ -76,13 +76,15 @@ def first_rank() -> bool:
 
 
 def requeue() -> str | None:
-    """Has Slurm start this process's job again, and says so; None where no Slurm runs it or submitit does that itself.
+    """Has Slurm start this process's job again, and says so; submitit does that itself. None where no Slurm runs it.
 
     The job's processes get SIGTERM within a second, and SIGKILL after Slurm's KillWait.
     """
     slurm = os.environ
-    if "SLURM_JOB_ID" not in slurm or "SUBMITIT_EXECUTOR" in slurm:
+    if "SLURM_JOB_ID" not in slurm:
         return None
+    if "SUBMITIT_EXECUTOR" in slurm:
+        return "submitit queues the job again"
     job = slurm["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in slurm:
         job = f"{slurm['SLURM_ARRAY_JOB_ID']}_{slurm['SLURM_ARRAY_TASK_ID']}"

@@ -75,23 +75,26 @@ def test_before_training_a_rank_that_is_not_the_first_leaves_a_warning_to_the_fi
 
 
 @pytest.mark.parametrize(
-    ("environment", "asked"),
+    ("environment", "asked", "told"),
     [
-        ({"SLURM_JOB_ID": "12"}, "requeue 12\n"),
-        ({"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, "requeue 12_3\n"),
-        ({"SLURM_JOB_ID": "12", "SUBMITIT_EXECUTOR": "slurm"}, None),
-        ({}, None),
+        ({"SLURM_JOB_ID": "12"}, "requeue 12\n", "job 12 is queued again"),
+        (
+            {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"},
+            "requeue 12_3\n",
+            "job 12_3 is queued again",
+        ),
+        ({"SLURM_JOB_ID": "12", "SUBMITIT_EXECUTOR": "slurm"}, None, "submitit queues the job again"),
+        ({}, None, None),
     ],
     ids=["job", "array", "submitit", "no Slurm"],
 )
 def test_the_job_that_runs_it_is_queued_again_and_no_other(
-    scontrol: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], asked: str | None
+    scontrol: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], asked: str | None, told: str | None
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    outcome = signals.requeue()
+    assert signals.requeue() == told
     assert (scontrol.read_text() if scontrol.exists() else None) == asked
-    assert (outcome is None) == (asked is None)
 
 
 def test_a_job_that_can_not_be_queued_again_is_told(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
