@@ -8,7 +8,7 @@ file beside the shards, or in the cache where they are read-only, and is opened 
     shard_starts [S+1]  running sum of records, one a shard
     text_starts  [P+1]  running sum of entries, one a record: row r of the data is (record, entry number)
     keys                the keys as one blob with offsets
-    texts               only in the index of a view (`views.py`): the texts themselves, which then are not read from the shards
+    texts               only in the index of a view (`view_index.py`): the texts themselves, which then are not read from the shards
     names, sizes, times, digests [S]   of the shards, names relative to the folder that holds them all
 
 A shard that is damaged stops the making (`BrokenShardsError` names every one); a record that lacks a member, has no text or does
@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -156,11 +157,13 @@ class Index:
         return os.fsdecode(self.names[shard])
 
     def key(self, picture: int) -> str:
-        return self.key_bytes(picture).decode(errors="replace")
+        return self.keys(picture, picture + 1)[0].decode(errors="replace")
 
-    def key_bytes(self, picture: int) -> bytes:
-        start, end = self._key_starts[picture : picture + 2]
-        return self._keys[int(start) : int(end)].tobytes()
+    def keys(self, start: int, stop: int) -> list[bytes]:
+        """The keys of the records from start to stop, as they stand in their shards."""
+        ends = self._key_starts[start : stop + 1].tolist()
+        blob = self._keys[ends[0] : ends[-1]].tobytes()
+        return [blob[a - ends[0] : b - ends[0]] for a, b in pairwise(ends)]
 
     def full_name(self, picture: int) -> str:
         """ "shard: key", by which a person finds the pair."""

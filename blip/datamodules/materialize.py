@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from blip.datamodules.index import Index
 from blip.datamodules.shards import Reader, Span
 from blip.datamodules.tars import as_json, picture_suffix, write_tar
-from blip.datamodules.views import View, by_record, kept_rows, names_of, stamp
+from blip.datamodules.view_index import by_record, names_of, stamp
+from blip.datamodules.views import View, kept_rows
 
 AT_ONCE = 64  # pictures read together
 ABOUT = "view.json"

@@ -57,7 +57,7 @@ def index_of(spec: Mapping[str, Any], kind: Kind) -> Index:
     index = open_index(_all_shards(spec), spec.get("index"), progress=tell_indexing, records=kind.name)
     if not spec.get("view"):
         return index
-    from blip.datamodules.views import view_index
+    from blip.datamodules.view_index import view_index
 
     return view_index(index, spec["view"])
 

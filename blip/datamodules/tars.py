@@ -39,6 +39,9 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # a full disk does not say which
+        error.filename = error.filename or str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
     return len(keys)

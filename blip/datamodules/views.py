@@ -1,4 +1,4 @@
-"""Which texts of a set of shards are kept: a decision over scores that are stored, joined into the stream's index.
+"""Which texts of a set of shards are kept: a decision over scores that are stored.
 
 CapFilt's passes leave one Parquet file of records a shard: one row a text, the web's own and synthetic ones, with their scores
 (`FOLDER/records/SHARD.parquet`, beside them `description.json`, which says of what input). A view is a rule over these: another
@@ -6,26 +6,16 @@ threshold needs no model, and nothing is deleted.
 
     decide(table, view) -> mask             which rows of records are kept
     kept_rows(view, names) -> (rows, times) shard by shard, also where the rule needs the rank of a score among all
-    view_index(index, view) -> Index        of the same shards, with the kept texts; it streams like any other index
 
-All texts of a view lie in its index, the web's too. They are those that were scored, in the order of the records; a record's texts
-come with one look into mapped memory, where the shard would give web texts that are dropped as well, and of URLs at the price of
-a request. Records are read by the names of their columns, shard by shard: memory holds one shard's rows, and where a share is
-kept one float32 a row.
+Records are read by the names of their columns, shard by shard: memory holds one shard's rows, and where a share is kept one float32
+a row. `view_index.py` joins what is kept into the stream's index.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from filelock import FileLock
 
-from blip.datamodules.index import Index, Report
-from blip.datamodules.index_file import write
-from blip.datamodules.locations import cache_folder, writable
-from blip.datamodules.records import NOTHING, PAIRS
+from blip.datamodules.records import NOTHING
 
 SOURCES = ("web", "synthetic", "human")
 COMBINE: dict[str, Callable[..., np.ndarray]] = {
@@ -46,8 +32,6 @@ COMBINE: dict[str, Callable[..., np.ndarray]] = {
     "unanimous": np.min,
 }  # all scores reach a threshold where the least does
 IDENTITY = ("record", "captioner", "number", "text")  # columns that say which text a row is
-
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,8 @@ class View:
     threshold: kept is what has at least this score. 0.5 (default) of `itm` is the paper's argmax; LAION kept `itc` from 0.3 on
     share: in place of a threshold, the share of the texts to keep, those of the highest scores among all shards
     sources: whose texts: web, synthetic, human
-    control: the control of Table 12: as many texts as the view keeps, but the shards' own, unfiltered, repeated evenly
+    control: the control of Table 12: as many texts as the view keeps, but the shards' own, unfiltered, repeated evenly (as many pairs
+        of the stream where each text is one, `captions: all`)
     """
 
     records: str | Path | Sequence[str | Path]
@@ -110,11 +95,8 @@ class View:
     @property
     def rule(self) -> dict[str, Any]:
         """All that it says but where its records lie, as JSON has it."""
-        return {
-            name: value
-            for name, value in json.loads(json.dumps(asdict(self), default=str)).items()
-            if name != "records"
-        }
+        told = {name: value for name, value in asdict(self).items() if name != "records"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
 
 # Deciding
@@ -160,7 +142,7 @@ def _highest(scores: np.ndarray, view: View) -> np.ndarray:
     """Those that the rule keeps, [N] bool. Of equal scores at the edge of a share as many as fit are kept, evenly."""
     if view.share is None:
         return scores >= (-np.inf if view.threshold is None else view.threshold)
-    wanted = round(view.share * len(scores))
+    wanted = min(round(view.share * len(scores)), int((scores > -np.inf).sum()))  # what has no score is never kept
     if wanted == 0:
         return np.zeros(len(scores), bool)
     edge = np.partition(scores, len(scores) - wanted)[len(scores) - wanted]
@@ -248,127 +230,3 @@ def read_records(view: View, name: str, columns: Iterable[str] = ()) -> pa.Table
             "written by a filter pass (stage=filter)"
         )
     return first
-
-
-# Joining
-
-
-def view_index(index: Index, view: View) -> Index:
-    """The index of the same shards with the texts that the view keeps; a picture that keeps none has no record.
-
-    Made once, beside the records or in the cache where these are read-only, under a lock. Its fingerprint is that of the rows and
-    texts it holds. ValueError where the records are of another input, where shards have none yet, or nothing is kept.
-    """
-    if index.kind is not PAIRS:
-        raise ValueError(f"{index.path}: a view is of pairs of pictures and texts, not of {index.kind.name}")
-    name, folder = f"{stamp(index, view)}.index", view.folders[0]
-    beside, cached = folder / "views" / name, cache_folder() / "indexes" / f"view-{name}"
-    places = [beside, cached] if writable(folder) else [cached, beside]
-    found = next((place for place in places if place.is_file()), places[0])
-    if not found.is_file():
-        found.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{found}.lock"):
-            if not found.is_file():
-                _make(index, view, found)
-    return Index(found, [index.location(shard) for shard in range(len(index.names))])
-
-
-def stamp(index: Index, view: View) -> str:
-    """Names a view of this index: digest of input, rule, and the files of records as they are now.
-
-    ValueError where the records are not of this index, or not of all its shards.
-    """
-    digest = hashlib.blake2b(json.dumps([index.fingerprint, view.rule]).encode(), digest_size=16)
-    names = names_of(index)
-    for folder in view.folders:
-        described = folder / "description.json"
-        if not described.is_file():
-            raise ValueError(
-                f"{folder}: no records there (description.json is missing); name the folder of a filter pass"
-            )
-        of = json.loads(described.read_text(encoding="utf-8")).get("input")
-        if of != index.fingerprint:
-            raise ValueError(
-                f"{folder}: records of another input (index {of}) than these shards (index {index.fingerprint}, {index.path}); give "
-                "the shards that the pass was given, in its order, or run the pass over these"
-            )
-        if missing := [name for name in names if not record_file(folder, name).is_file()]:
-            raise ValueError(
-                f"{folder}: {len(missing)} of {len(names)} shards have no records yet, first {missing[0]}; run the pass to its end"
-            )
-        for about in (os.stat(record_file(folder, name)) for name in names):
-            digest.update(f"{about.st_size} {about.st_mtime_ns} ".encode())
-    return digest.hexdigest()
-
-
-def names_of(index: Index) -> list[str]:
-    """The names of its shards, by which records are found."""
-    return [index.name(shard) for shard in range(len(index.names))]
-
-
-def by_record(table: pa.Table, times: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, list[slice]]:
-    """What is kept of a shard of `count` records: (records that keep a text [n], rows of the table [R], slice of these for each)."""
-    numbers = table["record"].to_numpy()
-    if len(numbers) and (numbers[0] < 0 or numbers[-1] >= count or (np.diff(numbers) < 0).any()):
-        raise ValueError(
-            f"records {numbers[0]} to {numbers[-1]} do not follow the {count} of the shard's index one by one"
-        )
-    rows = np.repeat(np.arange(len(numbers)), times)
-    records, starts = np.unique(numbers[rows], return_index=True)
-    return records, rows, [slice(*ends) for ends in pairwise([*starts.tolist(), len(rows)])]
-
-
-def _make(index: Index, view: View, target: Path) -> None:
-    """Writes the index of a view. At 100M texts its arrays are larger than memory: they grow in files and are mapped from there."""
-    number, byte = np.dtype("<i8"), np.dtype("u1")
-    kinds = {"pictures": index.pictures.dtype, "text_starts": number, "keys": byte, "key_starts": number, "texts": byte}
-    pictures, entries, key_bytes, text_bytes = 0, 0, 0, 0  # written so far
-    shard_starts, dropped = [0], Counter[str]()
-    with ExitStack() as stack:
-        grown = {name: stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for name in kinds}
-        for starts in ("text_starts", "key_starts"):
-            grown[starts].write(bytes(8))
-        for shard, (table, times) in enumerate(kept_rows(view, names_of(index))):
-            first, end = index.shard_starts[shard : shard + 2].tolist()
-            records, kept, slices = by_record(table, times, end - first)
-            texts = table["text"].take(pa.array(kept)).to_pylist()
-            blobs = [_encode({"captions": texts[of_record]}).encode() for of_record in slices]
-            keys = [index.key_bytes(first + record) for record in records.tolist()]
-            text_ends, key_ends = (
-                np.cumsum([*map(len, blobs)], dtype=number),
-                np.cumsum([*map(len, keys)], dtype=number),
-            )
-            rows = index.pictures[first + records]
-            rows["text_size"] = np.diff(text_ends, prepend=0)
-            rows["text_at"], rows["json"] = text_bytes + text_ends - rows["text_size"], 1
-            grown["pictures"].write(rows.tobytes())
-            grown["texts"].write(b"".join(blobs))
-            grown["text_starts"].write((entries + np.array([each.stop for each in slices], number)).tobytes())
-            grown["keys"].write(b"".join(keys))
-            grown["key_starts"].write((key_bytes + key_ends).tobytes())
-            pictures, entries = pictures + len(rows), entries + len(kept)
-            key_bytes, text_bytes = key_bytes + sum(map(len, keys)), text_bytes + sum(map(len, blobs))
-            shard_starts.append(pictures)
-            dropped["pictures without a kept text"] += end - first - len(rows)
-            for source in table["source"].filter(pa.array(times == 0)).value_counts().to_pylist():
-                dropped[f"{source['values']} texts not kept"] += source["counts"]
-        if not pictures:
-            raise ValueError(f"{view.folders[0]}: the view {view.rule} keeps no text of its {len(index.names)} shards")
-        arrays: dict[str, np.ndarray] = {}
-        for name, kind in kinds.items():
-            grown[name].flush()
-            arrays[name] = np.memmap(grown[name], kind, "r")
-        arrays |= {"shard_starts": np.array(shard_starts, number), "names": index.names, "digests": index.digests}
-        arrays |= {"sizes": index.sizes, "times": index.times}
-        reasons = {reason: count for reason, count in dropped.most_common() if count}
-        report = Report(
-            shards=len(index.names),
-            pictures=pictures,
-            texts=entries,
-            bytes=index.report.bytes,
-            verified=index.report.verified,
-            skipped=reasons,
-            skipped_names={reason: [] for reason in reasons},
-            notes=[f"a view of {index.path.name}: {json.dumps(view.rule)}"],
-        )
-        write(target, arrays, asdict(report))

@@ -14,7 +14,8 @@ from blip.datamodules import materialize as module
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.materialize import materialize
 from blip.datamodules.shards import EvaluationRecords
-from blip.datamodules.views import View, view_index
+from blip.datamodules.view_index import view_index
+from blip.datamodules.views import View
 from tests.datamodules.making import picture, tar_of, write_shards
 from tests.datamodules.scoring import write_pass
 from tests.datamodules.serving import serving
@@ -86,6 +87,18 @@ def test_a_run_that_stopped_goes_on_and_ends_in_the_same_bytes(index, view, tmp_
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
     assert (tmp_path / "out" / "00000.tar").stat().st_mtime_ns == first.st_mtime_ns
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_a_full_disk_is_one_error_that_names_the_tar(index, view, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/out/00000\.tar'"):
+            materialize(index, view, tmp_path / "out")
+    assert contents(tmp_path / "out") == {}
+    assert materialize(index, view, tmp_path / "out").shards == 3
 
 
 def test_a_folder_of_anything_else_is_left_alone(index, view, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ import pytest
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.pairs import PairsDataModule
 from blip.datamodules.shards import EvaluationRecords, texts_in
-from blip.datamodules.views import View, decide, evenly, kept_rows, names_of, view_index
+from blip.datamodules.view_index import names_of, view_index
+from blip.datamodules.views import View, decide, evenly, kept_rows
 from tests.datamodules.making import picture, tar_of, write_records, write_shards, write_vocabulary
 from tests.datamodules.scoring import write_pass
 from tests.datamodules.serving import serving
@@ -135,7 +137,8 @@ def test_what_has_no_score_or_says_nothing_is_not_kept():
     scores = pa.array([0.9, None, float("nan"), 0.9, 0.9], pa.float32())
     table = pa.table({"source": ["synthetic"] * 5, "text": ["a", "b", "c", " .!", ""], "itm": scores})
     assert decide(table, View("x")).tolist() == [True, False, False, False, False]
-    assert decide(table, View("x", share=0.3)).tolist() == [True, False, False, False, False]
+    for share in (0.3, 1.0):
+        assert decide(table, View("x", share=share)).tolist() == [True, False, False, False, False]
 
 
 def test_a_share_is_exact_over_all_shards_whatever_scores_are_equal(index, tmp_path):
@@ -308,6 +311,19 @@ def test_a_view_is_made_once_also_by_many_at_once_and_anew_when_records_change(i
     assert [p.name for p in sorted(path.parent.iterdir())] == [path.name, f"{path.name}.lock"]
     write_pass(tmp_path, index, lambda *_: {"itm": 0.9, "itc": 0.0}, ("itm", "itc"))
     assert len(view_index(index, View(pass_))) == 120
+
+
+def test_a_full_disk_leaves_no_view_and_names_it(index, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pass_ = write_pass(tmp_path, index, score, ("itm", "itc"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*/views/.*index'"):
+            view_index(index, View(pass_))
+    assert [path.suffix for path in (pass_ / "views").iterdir()] == [".lock"]
+    assert len(view_index(index, View(pass_))) == 74
 
 
 def test_of_a_read_only_folder_the_view_lies_in_the_cache(index, tmp_path, monkeypatch):
