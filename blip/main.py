@@ -108,6 +108,7 @@ def job(cfg: DictConfig) -> None:
         sys.exit(f"error: {error}")
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         signals.carry_out(command(folder), environment())
+        (folder / "ended").touch()  # to its end, and not cut off before that and queued again
     else:
         decided.append(folder)
 

@@ -78,7 +78,7 @@ class Step:
     uses: Mapping[str, Path | Sequence[Path]] = field(default_factory=dict)
     workers: int = 0
     output: str = "checkpoints"
-    needs: tuple[str, ...] = ("checkpoints/last.ckpt", "metrics.json")
+    needs: tuple[str, ...] = ("checkpoints/last.ckpt", "metrics.json", "ended")
 
 
 @dataclass
@@ -149,8 +149,9 @@ class Steps:
         log, about = folder / "log.txt", folder / "step.json"
         with open(log, "ab") as file:
             wait_for(file.fileno(), step, folder)
-            for config in (folder / "config.yaml", *folder.glob("jobs/*/config.yaml")):
-                config.unlink(missing_ok=True)  # would refuse other paths, and the key says what matters
+            for path in (folder, *folder.glob("jobs/*")):
+                (path / "config.yaml").unlink(missing_ok=True)  # would refuse other paths; the key says what matters
+                (path / "ended").unlink(missing_ok=True)
             before = json.loads(about.read_text()) if about.exists() else None
             seconds = before["seconds"] + max(0.0, log.stat().st_mtime - before["began"]) if before else 0.0
             began = time.time()
