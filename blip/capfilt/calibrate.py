@@ -114,7 +114,8 @@ def known(view: View, index: Index) -> Cases:
     for number, path in enumerate(records.files(view.folders[0])):
         name = path.relative_to(view.folders[0] / "records").as_posix().removesuffix(".parquet")
         table = read_records(view, name)
-        told = [None if found is None else found.kind == TRUE for found in truths.of(name, table)]
+        found = truths.of(name, table) or [None] * len(table)
+        told = [None if each is None else each.kind == TRUE for each in found]
         parts.append(_cases(view, table, number, told))
     cases = _joined(parts)
     if not len(cases.score):
