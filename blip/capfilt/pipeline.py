@@ -83,9 +83,7 @@ class CapFilt:
 
     def run(self, folder: Path) -> None:
         """Runs what is not finished; leaves summary.json and the report in `folder`."""
-        said = folder / ".hydra" / "overrides.yaml"
-        if said.exists():
-            self.for_all = tuple(o for o in map(str, OmegaConf.load(said)) if not o.lstrip("+~").startswith(FOR_DRIVER))
+        self.for_all = said_to_all(folder)
         steps = Steps(folder, self.root, self.launcher, self.resources, self.command)
         try:
             with FileLock(folder / "driver.lock", timeout=0):
@@ -168,8 +166,7 @@ class CapFilt:
         """
         own = tuple(self.overrides.get(stage, ()))
         what = () if any(text.startswith("experiment=") for text in own) else (f"stage={stage}",)
-        for_all = [text for text in self.for_all if stage not in PASSES or text.lstrip("+").startswith(FOR_PASSES)]
-        return (*what, *for_all, *own)
+        return (*what, *for_stage(stage, self.for_all), *own)
 
     @cached_property
     def web_source(self) -> tuple[int, Mapping[str, Any]]:
@@ -181,6 +178,19 @@ class CapFilt:
                 return at, source
         names = ", ".join(source["name"] for source in sources)
         raise ValueError(f"pipeline.web={self.web}: the sources of repretrain are {names}")
+
+
+def said_to_all(folder: Path) -> tuple[str, ...]:
+    """What the command line of a driver says to all of its steps."""
+    said = folder / ".hydra" / "overrides.yaml"
+    if not said.exists():
+        return ()
+    return tuple(text for text in map(str, OmegaConf.load(said)) if not text.lstrip("+~").startswith(FOR_DRIVER))
+
+
+def for_stage(stage: str, said: Sequence[str]) -> tuple[str, ...]:
+    """Of what is said to all, what is for a stage: a pass over shards trains nothing."""
+    return tuple(text for text in said if stage not in PASSES or text.lstrip("+").startswith(FOR_PASSES))
 
 
 def named(stage: str, number: int) -> str:

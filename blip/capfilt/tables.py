@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from omegaconf import OmegaConf
 
-from blip.capfilt.steps import COMMAND, Step, Steps, override
+from blip.capfilt.pipeline import PASSES, for_stage, said_to_all, shards_of
+from blip.capfilt.steps import COMMAND, Step, Steps, composed, override
 from blip.datamodules.views import View, decide
 from blip.main import replace
 
-PASSES = ("generate", "filter")
 HOLDS, REVERSED, UNDECIDED, EQUAL = "as in the paper", "reversed", "undecided", "equal in the paper"
 STANDARD_ERRORS = 2.0  # beyond which an order is claimed
 
@@ -43,15 +44,17 @@ class Job:
     uses: Mapping[str, str] = field(default_factory=dict)
     view: Mapping[str, Any] | None = None
 
-    def step(self, folders: Mapping[str, Path]) -> Step:
+    def step(self, folders: Mapping[str, Path], for_all: Sequence[str], shards: Sequence[str]) -> Step:
+        """for_all: overrides that the command line says to every step; shards: of the web, for passes over it."""
         used: dict[str, Any] = {}
         for key, name in self.uses.items():
             weights = folders[name] / "checkpoints" / "last.ckpt"
             used[key] = weights if key == "ckpt" or key.endswith("checkpoint") else folders[name]
         if "stage.synthetic" in used:
             used["stage.synthetic"] = [used["stage.synthetic"]]
-        overrides = (f"stage={self.stage}", *self.overrides)
+        overrides = (f"stage={self.stage}", *for_stage(self.stage, for_all), *self.overrides)
         if self.stage in PASSES:
+            overrides += (override("stage.shards", list(shards)),)
             return Step(self.stage, self.name, overrides, used, 1, "records", ("manifest.json",))
         return Step(self.stage, self.name, overrides, used)
 
@@ -94,7 +97,7 @@ class Tables:
             for row, said in table["rows"].items():
                 if len(said["paper"]) != len(columns):
                     raise ValueError(f"{name}, {row}: {len(said['paper'])} figures for {len(columns)} columns")
-        self.root, self.seeds, self.side_by_side = Path(root), list(seeds), side_by_side
+        self.root, self.seeds, self.side_by_side, self.web = Path(root), list(seeds), side_by_side, web
         self.tables, self.columns, self.rows = tables, dict(columns), [row for row in rows if row in named]
         self.launcher, self.resources, self.command = launcher, resources, command
         self.jobs = [Job(name, **_lists(said)) for name, said in steps.items()]
@@ -104,7 +107,7 @@ class Tables:
     def run(self, folder: Path) -> None:
         """Runs what is not finished, then writes tables.json and tables.md in `folder`."""
         steps = Steps(folder, self.root, self.launcher, self.resources, self.command)
-        self.work(steps)
+        self.work(steps, said_to_all(folder))
         found = {row: {seed: measured(steps.done[f"{row}_{seed}"]) for seed in self.seeds} for row in self.rows}
         noise = {
             job.name.removesuffix(f"_{self.seeds[0]}"): noise_ratio(steps.done[name], job.view)
@@ -118,8 +121,8 @@ class Tables:
         replace(folder / "tables.md", "\n".join(told(result)) + "\n")
         print("\n".join(told(result)), flush=True)
 
-    def work(self, steps: Steps) -> None:
-        """All jobs, as many side by side as said, each after those that it uses."""
+    def work(self, steps: Steps, for_all: Sequence[str] = ()) -> None:
+        """All jobs, as many side by side as said, each after those that it uses. for_all: overrides of every step."""
         left = list(self.jobs)
         while left:
             ready = [job for job in left if all(name in steps.done for name in job.uses.values())][: self.side_by_side]
@@ -127,8 +130,14 @@ class Tables:
                 raise ValueError(
                     f"pipeline: {', '.join(job.name for job in left)} use what is none of the steps and rows"
                 )
-            steps.run(*(job.step(steps.done) for job in ready))
+            shards = self.shards(for_all) if any(job.stage in PASSES for job in ready) else []
+            steps.run(*(job.step(steps.done, for_all, shards) for job in ready))
             left = [job for job in left if job not in ready]
+
+    def shards(self, for_all: Sequence[str]) -> list[str]:
+        """The web that the rows read, which is what passes go over."""
+        source = composed(["stage=repretrain", *for_all], self.root).data.sources[self.web]
+        return shards_of(OmegaConf.to_container(source, resolve=True))  # type: ignore[arg-type]
 
 
 def row_job(

@@ -31,7 +31,9 @@ TABLES = {
 
 def the_tables(tmp_path: Path, **changed: Any) -> Tables:
     options = {key: value for key, value in OPTIONS.items() if key != "_target_"}
-    return Tables(**{**options, "root": str(tmp_path), **changed})
+    made = Tables(**{**options, "root": str(tmp_path), **changed})
+    made.shards = lambda for_all: ["/web/*.tar"]  # type: ignore[method-assign]
+    return made
 
 
 class Recorded(Steps):
@@ -81,6 +83,20 @@ def test_jobs_that_wait_for_nothing_there_is_are_named(tmp_path: Path):
     steps = {"captioner": {"stage": "finetune_captioner", "uses": {"ckpt": "pretraind"}}}
     with pytest.raises(ValueError, match="captioner"):
         the_tables(tmp_path, steps=steps).work(Recorded(tmp_path))
+
+
+def test_what_the_command_line_says_is_said_to_every_step_but_its_own_settings_win(tmp_path: Path):
+    steps = Recorded(tmp_path)
+    the_tables(tmp_path, seeds=[0, 1]).work(
+        steps, ("paths.data=/elsewhere", "trainer.max_steps=7", "data.num_workers=1")
+    )
+    one = {step.name: step.overrides for group in steps.groups for step in group}
+    assert one["nucleus"] == ("stage=generate", "paths.data=/elsewhere", "++stage.shards=['/web/*.tar']")
+    assert {"paths.data=/elsewhere", "data.num_workers=1"} < set(one["web_0"])
+    row = one["web_0"]
+    assert row.index("trainer.max_steps=7") < row.index(
+        next(text for text in row if text.startswith("trainer.max_steps=2"))
+    )
 
 
 def test_every_step_and_row_is_a_config_that_can_be(tmp_path: Path):
