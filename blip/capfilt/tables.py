@@ -66,7 +66,8 @@ class Tables:
     training: overrides of every row; web: position of the noisy source among those of the rows
     view: which texts of records are kept, but for what a row says
     steps, rows: name -> {stage, overrides, uses, view} as in `Job`; a row that uses a row uses that of its own seed
-    tables: name -> {title, rows: {row -> {label, paper: a figure for each column, noise: the paper's noise ratio}}}
+    tables: name -> {title, rows: {row -> {label, paper: a figure for each column, noise: the paper's noise ratio}}}; only: names of
+    those to make, None makes all
     columns: name -> metric; launcher, resources: see `Steps`
     """
 
@@ -81,11 +82,15 @@ class Tables:
         steps: Mapping[str, Mapping[str, Any]],
         rows: Mapping[str, Mapping[str, Any]],
         tables: Mapping[str, Mapping[str, Any]],
+        only: Sequence[str] | None,
         columns: Mapping[str, str],
         launcher: str,
         resources: Mapping[str, Mapping[str, Any]],
         command: Sequence[str] = COMMAND,
     ) -> None:
+        if unknown := sorted(set(only or ()) - set(tables)):
+            raise ValueError(f"pipeline.only: {', '.join(unknown)} is none of {', '.join(tables)}")
+        tables = {name: table for name, table in tables.items() if name in (only or tables)}
         named = {row for table in tables.values() for row in table["rows"]}
         if unknown := sorted(named - set(rows)):
             raise ValueError(f"pipeline.tables: {', '.join(unknown)} is none of pipeline.rows: {', '.join(rows)}")
@@ -100,9 +105,12 @@ class Tables:
         self.root, self.seeds, self.side_by_side, self.web = Path(root), list(seeds), side_by_side, web
         self.tables, self.columns, self.rows = tables, dict(columns), [row for row in rows if row in named]
         self.launcher, self.resources, self.command = launcher, resources, command
-        self.jobs = [Job(name, **_lists(said)) for name, said in steps.items()]
-        for seed in self.seeds:
-            self.jobs += [row_job(row, rows, seed, training, web, view) for row in self.rows]
+        trained = [row_job(row, rows, seed, training, web, view) for seed in self.seeds for row in self.rows]
+        made = {name: Job(name, **_lists(said)) for name, said in steps.items()}
+        needed = {name for job in trained for name in job.uses.values()}
+        while more := {n for name in needed & set(made) for n in made[name].uses.values()} - needed:
+            needed |= more
+        self.jobs = [job for name, job in made.items() if name in needed] + trained
 
     def run(self, folder: Path) -> None:
         """Runs what is not finished, then writes tables.json and tables.md in `folder`."""

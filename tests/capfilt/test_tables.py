@@ -49,6 +49,16 @@ class Recorded(Steps):
         return list(self.done.values())
 
 
+def test_a_table_by_itself_trains_its_rows_and_makes_what_these_use(tmp_path: Path):
+    steps = Recorded(tmp_path)
+    the_tables(tmp_path, only=["Table 3", "Table 4"], seeds=[0, 1]).work(steps)
+    names = {step.name for group in steps.groups for step in group}
+    rows = {f"{row}_{n}" for row in ("all", "all_but_ca", "web", "none", "one_model", "capfilt") for n in (0, 1)}
+    assert names - rows == set(OPTIONS["steps"]) - {"beam_search", "by_beam"}
+    with pytest.raises(ValueError, match=r"pipeline.only: Table 5 is none of Table 1"):
+        the_tables(tmp_path, only=["Table 5"])
+
+
 def test_rows_that_tables_share_are_trained_once_for_each_seed(tmp_path: Path):
     steps = Recorded(tmp_path)
     the_tables(tmp_path).work(steps)
@@ -80,7 +90,7 @@ def test_a_row_that_goes_on_starts_from_the_model_of_its_own_seed(tmp_path: Path
 
 
 def test_jobs_that_wait_for_nothing_there_is_are_named(tmp_path: Path):
-    steps = {"captioner": {"stage": "finetune_captioner", "uses": {"ckpt": "pretraind"}}}
+    steps = OPTIONS["steps"] | {"captioner": {"stage": "finetune_captioner", "uses": {"ckpt": "pretraind"}}}
     with pytest.raises(ValueError, match="captioner"):
         the_tables(tmp_path, steps=steps).work(Recorded(tmp_path))
 
