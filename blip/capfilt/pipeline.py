@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from blip.capfilt.report import write_report
-from blip.capfilt.steps import COMMAND, Step, Steps, composed, override
+from blip.capfilt.steps import COMMAND, Step, Steps, announce, composed, override
 from blip.datamodules.locations import expand
 from blip.datamodules.views import View
 from blip.main import replace
@@ -93,7 +93,7 @@ class CapFilt:
         except ValueError as error:
             raise ValueError(f"{error}\n  When that is mended, go on with: python run.py resume={folder}") from None
         except (SystemExit, KeyboardInterrupt) as stopped:
-            print(f"stopped; what is done until then is kept; go on with: python run.py resume={folder}", flush=True)
+            announce(f"stopped; what is done until then is kept; go on with: python run.py resume={folder}")
             sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)
 
     def go(self, steps: Steps) -> None:
@@ -123,7 +123,7 @@ class CapFilt:
                 numbers = write_report(report, view, title=f"CapFilt: {out.name}", costs=rows[:at])
                 rows[at] |= {"kept": numbers["all/kept"], "report": str(report)}
         replace(out / "summary.json", json.dumps(rows, indent=1) + "\n")
-        print(*table(rows), *(about["report"] for about in rows if "report" in about), sep="\n", flush=True)
+        announce(*table(rows), *(about["report"] for about in rows if "report" in about))
 
     def plan(self) -> Generator[list[Step], list[Path], None]:
         """The steps in their order, those together that may run side by side; gets the folders of each group back."""

@@ -399,7 +399,13 @@ def free(log: int) -> bool:
 
 
 def say(name: str, text: str) -> None:
-    print(f"{name:>18} | {text}", flush=True)
+    announce(f"{name:>18} | {text}")
+
+
+def announce(*lines: str) -> None:
+    """Prints; where nobody reads any more the work goes on, and the logs have what is lost."""
+    with contextlib.suppress(BrokenPipeError):
+        print(*lines, sep="\n", flush=True)
 
 
 def logs(folder: Path) -> list[Path]:

@@ -57,8 +57,8 @@ def save(folder: Path) -> None:
     sys.exit(143)
 
 
-def until(so: Any) -> None:
-    for _ in range(3000):
+def until(so: Any, seconds: float = 120) -> None:
+    for _ in range(int(50 * seconds)):
         if so():
             return
         time.sleep(0.02)
