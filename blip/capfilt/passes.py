@@ -37,6 +37,7 @@ from blip.capfilt.pictures import Batch, Pictures, loader
 from blip.capfilt.records import HUMAN, SYNTHETIC, WEB
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.sources import tell_indexing
+from blip.datamodules.view_index import names_of
 
 SECONDS = 10.0  # between two lines of progress
 CAPTION = [name for name, _ in records.TEXT]
@@ -92,7 +93,7 @@ class Pass:
         """Does all shards that no other process does. ValueError names those that cannot be read, when all others are done."""
         self.folder = Path(self.out) if self.out is not None else folder
         self.index = open_index(self.shards, self.index_path, progress=tell_indexing, check=False)
-        self.names = [self.index.name(shard) for shard in range(len(self.index.names))]
+        self.names = names_of(self.index)
         device = self.device or _own_device()
         self.captioners = {name: _on(device, node) for name, node in self.captioners.items()}
         self.scorers = {name: _on(device, node) for name, node in self.scorers.items()}
@@ -206,9 +207,9 @@ class Pass:
         found: dict[int, list[dict[str, Any]]] = {}
         if self.synthetic:
             table = records.read([records.path_of(folder, self.names[shard]) for folder in self.synthetic], CAPTION)
-            for row in sorted(table.to_pylist(), key=lambda row: (row["captioner"], row["number"])):
-                if row["source"] == SYNTHETIC:
-                    found.setdefault(row["record"], []).append(row)
+            written = [row for row in table.to_pylist() if row["source"] == SYNTHETIC]
+            for row in sorted(written, key=lambda row: (row["captioner"], row["number"])):
+                found.setdefault(row["record"], []).append(row)
         return found
 
     def _finish(self, work: Done, claims: Claims) -> None:
@@ -240,6 +241,8 @@ class Pass:
         """Says what decides the records in description.json, or ValueError where the folder is of something else."""
         before = [manifest.description(folder) for folder in self.synthetic]
         for folder, other in zip(self.synthetic, before, strict=True):
+            if not other["captioners"]:
+                raise ValueError(f"{folder}: no captioner wrote texts there; name a folder of stage=generate")
             if not manifest.complete(folder):
                 raise ValueError(f"{folder}: its records are not complete; run that stage to its end first")
             if other["input"] != self.index.fingerprint:

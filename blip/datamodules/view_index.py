@@ -83,8 +83,19 @@ def stamp(index: Index, view: View) -> str:
 
 
 def names_of(index: Index) -> list[str]:
-    """The names of its shards, by which records are found."""
-    return [index.name(shard) for shard in range(len(index.names))]
+    """The names of its shards, by which records are found.
+
+    ValueError where they are no names of files in a folder, or two are the same: of URLs that differ in their query alone.
+    """
+    names = [index.name(shard) for shard in range(len(index.names))]
+    if wrong := [name for name in names if not name or ".." in name.split("/")]:
+        raise ValueError(f"{index.path}: a shard called {wrong[0]!r}, which cannot be the name of its records")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(
+            f"{index.path}: several shards are called {twice[0]}, and records are found by the name (without what follows "
+            "a question mark); give each a name of its own"
+        )
+    return names
 
 
 def by_record(table: pa.Table, times: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, list[slice]]:

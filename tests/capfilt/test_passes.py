@@ -109,6 +109,18 @@ def test_one_pass_is_generate_and_then_filter(shards: list[str], tmp_path: Path)
     assert told(generate)["in"] == {}
 
 
+def test_of_a_pass_that_wrote_and_scored_another_filter_takes_the_written_texts(
+    shards: list[str], tmp_path: Path
+) -> None:
+    generate = made(shards, tmp_path / "generate", captioners={"captioner": Namer(2)})
+    fused = made(shards, tmp_path / "fused", captioners={"captioner": Namer(2)}, scorers={"filter": Hasher()})
+    once, again = (
+        made(shards, tmp_path / f"of {folder.name}", synthetic=[str(folder)], scorers={"other": Hasher()})
+        for folder in (generate, fused)
+    )
+    assert records.read(records.files(again)).equals(records.read(records.files(once)))
+
+
 def test_a_filter_takes_texts_of_several_passes_and_scores_web_texts_alone(shards: list[str], tmp_path: Path) -> None:
     one = made(shards, tmp_path / "one", captioners={"one": Namer()})
     two = made(shards, tmp_path / "two", captioners={"two": Namer(2)}, seed=5)
@@ -408,6 +420,9 @@ def test_synthetic_texts_must_be_complete_and_of_the_same_shards(own: list[str],
         made(own[:2], tmp_path / "other", **filtering)
     with pytest.raises(ValueError, match="two captioners are called captioner"):
         made(own, tmp_path / "other", **filtering, captioners={"captioner": Namer()})
+    alone = made(own, tmp_path / "alone", scorers={"filter": Hasher()})
+    with pytest.raises(ValueError, match="no captioner wrote texts there"):
+        made(own, tmp_path / "other", **(filtering | {"synthetic": [str(alone)]}))
     (generate / "manifest.json").unlink()
     with pytest.raises(ValueError, match="its records are not complete"):
         made(own, tmp_path / "other", **filtering)

@@ -387,3 +387,19 @@ def test_a_view_is_of_pairs(tmp_path):
     questions = open_index(write_records(tmp_path, [2], "questions"), records="questions")
     with pytest.raises(ValueError, match="a view is of pairs"):
         view_index(questions, View(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([b"a.tar", b"b.tar", b"a.tar"], "several shards are called a.tar"),  # of URLs with a query each
+        ([b"a.tar", b"../b.tar"], r"called '\.\./b\.tar'"),
+        ([b"a.tar", b""], "called ''"),
+    ],
+    ids=["twice", "outside", "nothing"],
+)
+def test_shards_whose_names_are_not_those_of_files_of_their_own_have_no_records(shards, names, said):
+    index = open_index(shards / "web" / "*.tar")
+    index.names = np.array(names)
+    with pytest.raises(ValueError, match=said):
+        names_of(index)
