@@ -156,7 +156,7 @@ def row_job(
     web: int,
     view: Mapping[str, Any],
 ) -> Job:
-    """The pre-training of a row with a seed."""
+    """The pre-training of a row with a seed. ValueError where its view is none."""
     said = _lists(rows[row])
     source = f"data.sources.{web}.view"
     uses = {
@@ -167,6 +167,7 @@ def row_job(
     if "records" not in said.get("uses", {}):
         return Job(f"{row}_{seed}", said["stage"], tuple(overrides), uses)
     chosen = {**view, **said.get("view", {})}
+    View.of({**chosen, "records": row})  # a mistake is told before hours of training
     return Job(f"{row}_{seed}", said["stage"], (*overrides, override(source, chosen)), uses, chosen)
 
 
