@@ -68,7 +68,7 @@ def read_labels(path: Path) -> Labels:
                 if found.setdefault(shard, {}).setdefault(text, label) != label:
                     raise ValueError(f"the text {text} of {shard} is labelled otherwise before")
                 done += 1
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, csv.Error) as error:
             raise ValueError(f"{path}: row {done + 1}: {error}") from error
     if not found:
         raise ValueError(f"{path}: no labels there")

@@ -131,6 +131,12 @@ def test_labels_that_cannot_be_read_are_named_by_row(tmp_path, line, said):
         read_labels(tmp_path / "labels.jsonl")
 
 
+def test_a_table_of_labels_that_is_none_is_named_by_row(tmp_path):
+    (tmp_path / "labels.csv").write_text(f"shard,key,label\n0.tar,{'0' * 200_000},1\n")
+    with pytest.raises(ValueError, match=r"labels\.csv: row 1: field larger than"):
+        read_labels(tmp_path / "labels.csv")
+
+
 def test_labels_of_other_texts_are_refused(records):
     with pytest.raises(ValueError, match=r"no records of the shard 'other\.tar'"):
         labelled(View(records), {"other.tar": {("a", "", 0): True}})
