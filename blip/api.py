@@ -119,7 +119,7 @@ class Model(Loaded):
         self, pixels: Sequence[np.ndarray], seeds: Sequence[int], prompt: str, how: Decoding
     ) -> list[list[Caption]]:
         """`how.samples` captions of each picture, which are [S, S, 3] uint8 as `pixels` gives them; sampling draws from its seed."""
-        self.needs("text decoder", no=VQA)
+        self.needs("text decoder")
         tokenizer = self.tokenizer
         ids = [tokenizer.dec_id, *(tokenizer.encode([prompt], how.max_length)[0][1:-1] if prompt else [])]
         with self.quietly():

@@ -80,11 +80,11 @@ class Loaded:
         told = "\n".join([self.fingerprint, self.precision, *limits, self.tokenizer.to_json()])
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
-    def needs(self, *parts: str, no: type | None = None) -> None:
-        """ValueError that names the parts which the checkpoint lacks."""
+    def needs(self, *parts: str) -> None:
+        """ValueError that names the parts which the checkpoint lacks; a text decoder is one that looks at pictures."""
         if lacking := [words for words in parts if words not in self.parts]:
             raise ValueError(f"{self.path} has no {', no '.join(lacking)}, which this needs")
-        if no is not None and isinstance(self.network, no):
+        if "text decoder" in parts and isinstance(self.network, VQA):
             raise ValueError(f"{self.path} answers questions: its decoder looks at questions, not at pictures")
 
     def said(self, key: str) -> Any:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from blip.api import PAPER, load
-from blip.modules.vqa import VQA
 
 WAY = {"strategy": "nucleus", "top_p": 0.9, "samples": 1}  # the paper's: section 6.2, table 2
 
@@ -43,7 +42,7 @@ class Captioner:
         **decoding: Any,
     ) -> None:
         self.model = load(checkpoint, tokenizer, device, precision)
-        self.model.needs("text decoder", no=VQA)
+        self.model.needs("text decoder")
         self.prompt = self.model.prompt if prompt is None else prompt
         wanted = WAY | decoding
         if wanted["strategy"] == "beam" and self.model.decoding().strategy != "beam":
