@@ -237,7 +237,7 @@ def _cards(told: Told, examples: Sequence[Example]) -> str:
         found = []
         for line in example.lines:
             source, _, captioner = line.label.partition(" ")
-            who = f"T<sub>{source[0]}</sub>" + (f" {said(captioner)}" if _several(told) and captioner else "")
+            who = f"T<sub>{said(source[:1])}</sub>" + (f" {said(captioner)}" if _several(told) and captioner else "")
             scores = [f"{_score(name)} {value:.3f}" for name, value in line.scores.items() if math.isfinite(value)]
             truth = [] if line.kind is None else ["true" if line.kind == TRUE else f"noise: {said(line.kind)}"]
             found.append((who, line.text, line.kept, "".join(f" · {each}" for each in [*scores, *truth])))

@@ -1,7 +1,7 @@
 """What a view makes of records, counted shard by shard: how many texts it keeps and why not the others, how they score, what their
 words are, and how that agrees with the truth where it is known.
 
-Memory does not grow with the number of shards, but for the truth of the embedded world (some 20 bytes a text); words are counted
+Memory does not grow with the number of shards, but for the truth of the embedded world (some 150 bytes a text); words are counted
 over a random sample of at most TEXTS texts.
 """
 
