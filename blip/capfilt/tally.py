@@ -13,7 +13,6 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,12 +112,13 @@ def tally(view: View, index: Index | None, seed: int) -> Tally:
     if not paths:
         raise ValueError(f"{folder}: no records there; give the folder of a filter pass (stage=filter)")
     names = [path.relative_to(folder / "records").as_posix().removesuffix(".parquet") for path in paths]
-    ranges, rows = _ranges(paths)
+    ranges, rows = _ranges(view, names)
     kept = kept_rows(view, names, {"key", "captioner", *ranges})
     decides = view.scores[0] if view.scores else ""
     if len(view.folders) * len(view.scores) > 1:
         decides = COMBINED
-        ranges[COMBINED] = min(ranges[name][0] for name in view.scores), max(ranges[name][1] for name in view.scores)
+        ends = [ranges.get(name, (0.0, 1.0)) for name in view.scores]  # one that is missing is an error of `kept_rows`
+        ranges[COMBINED] = min(least for least, _ in ends), max(greatest for _, greatest in ends)
     found = Tally(ranges, decides, min(1.0, TEXTS / max(rows, 1)))
     truths = Truths(index)
     if index is not None:
@@ -135,21 +135,25 @@ def _draws(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng(random.Random(f"{seed}/{name}").getrandbits(64))
 
 
-def _ranges(paths: Sequence[Path]) -> tuple[dict[str, tuple[float, float]], int]:
-    """(column of a score -> (least, greatest) that its charts show, number of rows), from the ends of the files alone."""
+def _ranges(view: View, names: Sequence[str]) -> tuple[dict[str, tuple[float, float]], int]:
+    """(column of a score -> (least, greatest) that its charts show, number of rows), from the ends of the files alone.
+
+    Of all folders but the first those scores that the view goes by.
+    """
     found: dict[str, tuple[float, float]] = {}
     rows = 0
-    for path in paths:
-        about = pq.read_metadata(path)
-        rows += about.num_rows
-        for group in map(about.row_group, range(about.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
-                name, told = column.path_in_schema, column.statistics
-                if column.physical_type == "FLOAT" and name != "log_prob":
-                    ends = (told.min, told.max) if told is not None and told.has_min_max else (math.inf, -math.inf)
-                    least, greatest = found.get(name, (math.inf, -math.inf))
-                    found[name] = min(least, ends[0]), max(greatest, ends[1])
-    return {name: _rounded(name, *ends) for name, ends in found.items()}, rows
+    for place, folder in enumerate(view.folders):
+        for about in (pq.read_metadata(records.path_of(folder, name)) for name in names):
+            rows += about.num_rows if place == 0 else 0
+            for group in map(about.row_group, range(about.num_row_groups)):
+                for column in map(group.column, range(group.num_columns)):
+                    score, told = column.path_in_schema, column.statistics
+                    shown = score != "log_prob" if place == 0 else score in view.scores
+                    if column.physical_type == "FLOAT" and shown:
+                        ends = (told.min, told.max) if told is not None and told.has_min_max else (math.inf, -math.inf)
+                        least, greatest = found.get(score, (math.inf, -math.inf))
+                        found[score] = min(least, ends[0]), max(greatest, ends[1])
+    return {score: _rounded(score, *ends) for score, ends in found.items()}, rows
 
 
 def _rounded(name: str, least: float, greatest: float) -> tuple[float, float]:

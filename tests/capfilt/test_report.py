@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from blip.capfilt import records
@@ -236,6 +237,25 @@ def test_a_share_and_several_scores_are_told_as_they_decide(passed: tuple, tmp_p
     assert web == replace_view(
         write_report(tmp_path / "control.html", replace(View(folder, sources=("web",)), control=True))
     )
+
+
+def test_filters_of_several_folders_are_told_together(passed: tuple, tmp_path: Path) -> None:
+    folder, rows = passed
+    for path in records.files(folder):  # another filter, of another column, that is as good
+        table = (
+            records.read([path]).drop_columns(["itm", "itc"]).append_column("cosine_clip", records.read([path])["itm"])
+        )
+        other = tmp_path / path.relative_to(folder)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, other)
+    view = View([folder, tmp_path], scores=["itm", "cosine_clip"])
+    numbers = write_report(tmp_path / "two.html", view)
+    assert numbers["all/kept"] == sum(row["itm"] >= 0.5 for row in rows)
+    assert "mean of ITM and cosine clip" in (tmp_path / "two.html").read_text()
+    alone = write_report(tmp_path / "alone.html", replace(view, scores=["cosine_clip"]))
+    assert alone["all/kept"] == numbers["all/kept"]
+    with pytest.raises(ValueError, match=r"no score \['nothing'\]"):
+        write_report(tmp_path / "none.html", View(folder, scores=["itm", "nothing"]))
 
 
 def test_every_text_is_counted_by_who_wrote_it_and_why_it_is_dropped(tmp_path: Path) -> None:
