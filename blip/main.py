@@ -63,7 +63,7 @@ QUIET = (
 MAY_CHANGE = (
     *("trainer", "logger", "callbacks", "paths", "mode", "ckpt", "start", "expected"),
     *("data.num_workers", "data.prefetch", "data.allow_other_data"),
-    *("stage.num_workers", "stage.device"),
+    *("stage.worker", "stage.num_workers", "stage.prefetch", "stage.device", "stage.cache_gb"),
 )
 # In configs: a name that a folder keeps through restarts, of letters and digits.
 OmegaConf.register_new_resolver(

@@ -66,9 +66,11 @@ class CapFilt:
         if shared:
             self.tune = {"finetune_shared": {"captioner", "filter"}}
         known = [stage for stage in STAGES if not stage.startswith("finetune") or stage in self.tune]
-        for what, names in (("pipeline.stages", stages or ()), ("pipeline.overrides", overrides)):
-            if unknown := sorted(set(names) - set(known)):
-                raise ValueError(f"{what}: {', '.join(unknown)} is none of {', '.join(known)}")
+        allowed = {"stages": (stages or (), known), "overrides": (overrides, known), "jobs": (jobs, list(PASSES))}
+        for what, (names, there_are) in (allowed | {"resources": (resources, ["all", *known])}).items():
+            if unknown := sorted(set(names) - set(there_are)):
+                raise ValueError(f"pipeline.{what}: {', '.join(unknown)} is none of {', '.join(there_are)}")
+        View.of({**view, "records": root})  # a rule that cannot be is told before anything is trained
         if rounds < 1:
             raise ValueError(f"pipeline.rounds={rounds}: at least 1")
         self.root, self.rounds, self.weights = Path(root), rounds, weights

@@ -39,12 +39,12 @@ from blip.datamodules.sources import index_of
 from blip.main import CONF, check, environment, leaves, replace
 
 COMMAND = (sys.executable, "-c", "from blip.main import main; main()")
-# What a result does not depend on. All of it may change in a folder that is continued (blip/main.py, MAY_CHANGE).
+# What a result does not depend on.
 NO_MATTER = (
     *("paths", "logger", "callbacks", "expected", "name"),
     *("trainer.accelerator", "trainer.log_every_n_steps", "trainer.profiler"),
     *("data.num_workers", "data.prefetch", "data.allow_other_data"),
-    *("stage.out", "stage.worker", "stage.num_workers", "stage.device"),
+    *("stage.out", "stage.worker", "stage.num_workers", "stage.prefetch", "stage.device", "stage.cache_gb"),
 )
 BY_FINGERPRINT = ("stage.shards", "stage.index")  # wherever they lie
 # Lines that stay in a step's log: details, paths, Hydra's own; errors are told when the step has ended.

@@ -184,7 +184,6 @@ class Truths:
             try:
                 read = self.reader.read([Span(self.index.shard(shard), parts[-1]) for _, parts, _ in places])
             except (OSError, ValueError):
-                self.index = None
                 return None
             for record, (text,), (_, _, is_json) in zip(some, read, places, strict=True):
                 told[record] = _object(text) if is_json else {}

@@ -144,6 +144,9 @@ def test_nothing_is_run_beyond_the_last_stage_that_is_asked_for(
         ),
         ({"stages": ["finetune_filter"], "shared": True}, "finetune_filter is none of pretrain, finetune_shared"),
         ({"overrides": {"captioner": []}}, "pipeline.overrides: captioner is none of"),
+        ({"jobs": {"generat": 8}}, "pipeline.jobs: generat is none of generate, filter"),
+        ({"resources": {"gnerate": {}}}, "pipeline.resources: gnerate is none of all, pretrain"),
+        ({"view": {"threshold": 0.5, "share": 0.5}}, "share"),
         ({"rounds": 0}, "pipeline.rounds=0: at least 1"),
     ],
 )
