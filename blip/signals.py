@@ -66,6 +66,7 @@ def leave() -> None:
     Of several ranks only the first goes at a warning, for one that ended before it could take it along before the job is queued.
     """
     if told and (told[0] not in WARNINGS or first_rank()):
+        ignore()
         if told[0] in WARNINGS and (outcome := requeue()):
             print(outcome, file=sys.stderr, flush=True)
         raise Stop(told[0])
@@ -98,7 +99,7 @@ def requeue() -> str | None:
 
 
 def ignore() -> None:
-    """For a run that ends already."""
+    """For a run that ends already, and is told again while it does."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
