@@ -1,6 +1,7 @@
 # All the set-up there is. Each command makes .venv first (once: the stamp file says that it is done).
 #   make run     trains the demo and tells what it learnt
 #   make test    the tests
+#   make slurm   those on a Slurm of two nodes, where tests/slurm/setup.sh has installed one
 #   make smoke   every recipe for a few steps, on a small drawn world
 #   make check   lint, format and types
 
@@ -15,13 +16,16 @@ PYTHON ?= $(shell for name in python3.11 python3 python3.12; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && command -v $$name && break; \
 	done)
 
-.PHONY: run test smoke check
+.PHONY: run test slurm smoke check
 
 run: $(STAMP)
 	$(BIN)/python run.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+slurm: $(STAMP)
+	$(BIN)/python -m pytest -q -m slurm
 
 smoke: $(STAMP)
 	@mkdir -p runs/smoke

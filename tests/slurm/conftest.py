@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine, for as long as the tests of this folder run; skipped where Slurm is not installed."""
+"""A Slurm of two nodes on this machine, for as long as the tests of this folder run (`make slurm`); skipped where it is not installed."""
 
 from __future__ import annotations
 
@@ -56,10 +56,12 @@ def until(condition: Callable[[], Any], told: Callable[[], str] = str) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     path = f"{os.environ['PATH']}:{SYSTEM}"
     if missing := [name for name in DAEMONS if not shutil.which(name, path=path)]:
         pytest.skip(f"Slurm is not installed ({', '.join(missing)}): tests/slurm/setup.sh says how")
+    if "slurm" not in request.config.getoption("markexpr"):
+        pytest.skip("takes minutes of waiting for Slurm's clocks: make slurm")
     folder = tempfile.mkdtemp(prefix="slurm-", dir="/tmp")  # a socket's path may not be long
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
