@@ -27,6 +27,7 @@ from blip.datamodules.tars import as_json, picture_suffix, write_tar
 from blip.datamodules.view_index import by_record, names_of, stamp
 from blip.datamodules.views import View, kept_rows
 
+LONGEST_KEY = 90  # bytes, so that any reader of tars takes KEY.json
 AT_ONCE = 64  # pictures read together
 ABOUT = "view.json"
 
@@ -106,4 +107,11 @@ def _samples(
         for i, (picture,) in zip(some, reader.read(spans), strict=True):
             told = {"captions": texts[slices[i]], "sources": sources[slices[i]]}
             # a picture of another kind, which its own shard called one of these, was called so by most
-            yield keys[slices[i].start], {picture_suffix(picture) or "jpg": picture, "json": as_json(told)}
+            key = _fitting(keys[slices[i].start], first + int(records[i]))
+            yield key, {picture_suffix(picture) or "jpg": picture, "json": as_json(told)}
+
+
+def _fitting(key: str, record: int) -> str:
+    """The key of a record, or its number where the key would lead out of the folder that a tar is unpacked in, or is too long."""
+    leads_out = key.startswith("/") or ".." in key.split("/") or "\\" in key
+    return f"record-{record:09d}" if leads_out or "\ufffd" in key or len(key.encode()) > LONGEST_KEY else key

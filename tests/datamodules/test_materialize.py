@@ -169,3 +169,18 @@ def test_a_picture_that_is_called_what_it_is_not_keeps_its_bytes(tmp_path):
     (sample,) = webdataset.WebDataset(str(tmp_path / "out" / "0.tar"), shardshuffle=False)
     assert sample["jpg"] == bitmap
     assert sorted(os.listdir(tmp_path / "out")) == [".view.json.lock", "0.tar", "view.json"]
+
+
+def test_a_key_that_leads_out_of_the_folder_or_is_too_long_gives_way_to_a_number(tmp_path):
+    keys = ["../../out", "/etc/out", "a" * 95, "inside/fine"]
+    members = {
+        f"{key}.{suffix}": data
+        for n, key in enumerate(keys)
+        for suffix, data in (("png", picture(n)), ("txt", b"a text"))
+    }
+    (tmp_path / "0.tar").write_bytes(tar_of(members))
+    index = open_index(tmp_path / "0.tar")
+    materialize(index, View(write_pass(tmp_path / "pass", index, lambda *_: {"itm": 1.0})), tmp_path / "out")
+    samples = list(webdataset.WebDataset(str(tmp_path / "out" / "0.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [*(f"record-{n:09d}" for n in range(3)), "inside/fine"]
+    assert [sample["png"] for sample in samples] == [picture(n) for n in range(4)]
