@@ -45,7 +45,8 @@ def test_a_text_hangs_on_picture_and_seed_alone(checkpoint: Path, options: dict)
 def test_another_seed_draws_another_text_and_the_same_the_same(checkpoint: Path):
     captioner = Captioner(checkpoint)
     first, other, again = captioner.write([PICTURES[0]] * 3, [1, 2, 1])
-    assert first == again
+    assert (first[0].text, first[0].tokens) == (again[0].text, again[0].tokens)
+    assert first[0].log_prob == pytest.approx(again[0].log_prob, rel=1e-5)  # another row of the batch: but for rounding
     assert first[0].text != other[0].text
 
 

@@ -221,7 +221,13 @@ def test_every_stage_of_a_pipeline_composes_with_what_the_pipeline_says_to_it(na
     cfg = composed([f"pipeline={name}"], ROOT)
     options: Any = OmegaConf.to_container(cfg.pipeline, resolve=True)
     options.pop("_target_")
-    pipeline, plan = (made := CapFilt(**options)), made.plan()
+    for things in (1, 2, 3):  # the shards of a source are looked for
+        shard = tmp_path / "shapes" / "web" / f"{things}-00000.tar"
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        shard.touch()
+    pipeline = CapFilt(**options)
+    pipeline.for_all = (f"paths.data={tmp_path}",)
+    plan = pipeline.plan()
     group = next(plan)
     for _ in range(4):
         for step in group:
