@@ -57,8 +57,11 @@ def _write(folder: Path, seed: int, sizes: Mapping[str, int], processes: int) ->
     for name in FOLDERS.values():
         (folder / name).mkdir(parents=True)
     with ProcessPoolExecutor(processes, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
-        jobs = [pool.submit(_write_shards, folder / split, seed, split, scenes[split]) for split in HELD_OUT]
-        read = []  # jobs whose texts the vocabulary is of: the same, and so the same model, however large the web
+        held_out_jobs = [pool.submit(_write_shards, folder / split, seed, split, scenes[split]) for split in HELD_OUT]
+        jobs, read = (
+            [],
+            [],
+        )  # read: jobs whose texts the vocabulary is of: the same, and so the same model, however large the web
         for split in ("train", "web"):
             for things in (1, 2, 3):
                 total = (sizes[split] + 3 - things) // 3
@@ -68,8 +71,8 @@ def _write(folder: Path, seed: int, sizes: Mapping[str, int], processes: int) ->
                     jobs.append(pool.submit(_write_training_shard, path, seed, split, things, numbers, held_out))
                     if split == "train" or not shard:
                         read.append(jobs[-1])
-        for job in jobs:
-            job.result()
+        for done in (*held_out_jobs, *jobs):
+            done.result()
     texts = [text for job in read for text in job.result()]
     (folder / "tokenizer.json").write_text(train_vocabulary(texts).to_str(pretty=True))
 
