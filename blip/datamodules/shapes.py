@@ -71,8 +71,10 @@ def _write(folder: Path, seed: int, sizes: Mapping[str, int], processes: int) ->
                     jobs.append(pool.submit(_write_training_shard, path, seed, split, things, numbers, held_out))
                     if split == "train" or not shard:
                         read.append(jobs[-1])
-        for done in (*held_out_jobs, *jobs):
-            done.result()
+        for written in held_out_jobs:
+            written.result()
+        for job in jobs:
+            job.result()
     texts = [text for job in read for text in job.result()]
     (folder / "tokenizer.json").write_text(train_vocabulary(texts).to_str(pretty=True))
 
