@@ -210,6 +210,38 @@ def test_four_workers_killed_at_random_moments_end_in_the_records_of_an_undistur
     assert sorted(path.name for path in folder.iterdir()) == ["description.json", "manifest.json", "records"]
 
 
+def test_killed_at_any_moment_of_its_writing_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    shards = [str(path) for path in write_shards(tmp_path / "web", [3])]
+    (whole,) = records.files(made(shards, tmp_path / "plain", **both()))
+    data = whole.read_bytes()
+
+    def write(path: Path, until: int) -> None:
+        happened = 0
+
+        def count(frame: Any, *_: Any) -> None:
+            nonlocal happened
+            happened += frame.f_code.co_filename == records.__file__
+            if happened == until:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.setprofile(count)
+        records.replace(path, data, path.parents[1] / "work" / "0.partial")
+        sys.setprofile(None)
+
+    found = []
+    for until in range(1, 200):
+        path = tmp_path / str(until) / "records" / "0.parquet"
+        code = ended(apart(lambda path=path, until=until: write(path, until)))  # type: ignore[misc]
+        assert code in (0, -signal.SIGKILL)
+        found.append(path.exists())
+        assert not path.exists() or path.read_bytes() == data, f"killed at event {until}"
+        if code == 0:
+            break
+    assert len(found) > 10
+    assert found == sorted(found)
+    assert {*found[:-1]} == {False, True}
+
+
 def test_a_shard_that_another_process_works_on_is_left_to_it(shards: list[str], tmp_path: Path) -> None:
     told_in, told_out = os.pipe(), os.pipe()
 
