@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.pretrain_step import clock, lengths
+from benchmarks.pretrain_step import lengths
 from benchmarks.report import begin, end, row
 from benchmarks.rerank import base
+from benchmarks.turns import taken
 from blip.capfilt.filter import MatchScorer
 from blip.modules.blip import BLIP, BLIPConfig
 from blip.modules.checkpoint import convert, nodes
@@ -80,9 +80,7 @@ def flops(config: BLIPConfig, ids: list[list[int]]) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def measure(
-    batch: int, each: int, device: torch.device, dtype: torch.dtype, repeats: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def measure(batch: int, each: int, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """Medians over turns, as rows of the JSON contract."""
     with TemporaryDirectory() as folder:
         ours, theirs = models(Path(folder), device, dtype)
@@ -104,28 +102,16 @@ def measure(
         "blip": lambda: ours.score(pixels, texts),
         "transformers": lambda: their_logits(theirs, image.to(dtype), ids, each),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    said: dict[str, Any] = {}
-    for turn in range(-1, repeats):
-        for name, run in runs.items():
-            start = clock(device)
-            said[name] = run()
-            if turn >= 0:  # the first turn warms caches and allocators
-                times[name].append(clock(device) - start)
-    for name, found in times.items():
-        say(f"seconds, {name}: {', '.join(f'{seconds:.3f}' for seconds in found)}")
+    turns = taken(runs, repeats, device)
+    said, ratio = turns.given, turns.ratio
     probability = torch.tensor([itm for scores in said["blip"] for itm, _ in scores])
     theirs_too = said["transformers"].float().softmax(-1)[:, 1].cpu()
     apart = (probability.logit() - theirs_too.logit()).abs().max().item()
-    say(f"logits of ITM at most {apart:.2g} apart, spread {probability.logit().std().item():.2g}")
+    print(f"logits of ITM at most {apart:.2g} apart, spread {probability.logit().std().item():.2g}")
     if not apart <= AGREE[dtype]:
         raise ValueError(f"transformers and we differ by {apart} in ITM's logit: these are not the same weights")
 
-    def ratio(a: str, b: str) -> float:
-        """Of the rates, turn by turn."""
-        return statistics.median(y / x for x, y in zip(times[a], times[b], strict=True))
-
-    rate = {name: batch / statistics.median(found) for name, found in times.items()}
+    rate = {name: batch / turns.seconds(name) for name in runs}
     rows = []
     for beside, peer in (
         ("transformers", "transformers, each pair by itself, ITM alone"),
@@ -159,7 +145,7 @@ def main() -> None:
         options.device,
         transformers=transformers.__version__,
     )
-    rows = measure(options.batch, options.texts, options.device, dtype, options.repeats, print)
+    rows = measure(options.batch, options.texts, options.device, dtype, options.repeats)
     end(head, rows, options.json)
 
 

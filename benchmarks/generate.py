@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.pretrain_step import clock
 from benchmarks.report import begin, end, row
+from benchmarks.turns import clock, taken
 from blip.modules.blip import BLIP
 from blip.modules.checkpoint import Weights, load, sizes
 from blip.modules.decoding import Decoding, noise
@@ -113,9 +113,7 @@ def memory_rate(device: torch.device, size: int) -> float:
 
 
 @torch.inference_mode()
-def measure(
-    batch: int, tokens: int, device: torch.device, dtype: torch.dtype, repeats: int, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def measure(batch: int, tokens: int, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """Medians over turns, as rows of the JSON contract."""
     ours, theirs = models(dtype, device)
     image = torch.randn(batch, 3, 384, 384, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -124,23 +122,10 @@ def measure(
     for name, how in ways.items():
         runs[name] = partial(captions, ours, image, how)
         runs[f"{name}, transformers"] = partial(their_captions, theirs, image, how, THEIR_WAYS[name])
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-1, repeats):
-        for name, run in runs.items():
-            start = clock(device)
-            run()
-            if turn >= 0:  # the first turn warms caches and allocators
-                times[name].append(clock(device) - start)
-    for name, found in times.items():
-        say(f"seconds, {name}: {', '.join(f'{seconds:.3f}' for seconds in found)}")
-
-    def ratio(a: str, b: str) -> float:
-        """Of the rates, turn by turn."""
-        return statistics.median(y / x for x, y in zip(times[a], times[b], strict=True))
-
-    seconds = {name: statistics.median(found) for name, found in times.items()}
+    turns = taken(runs, repeats, device)
+    ratio, seconds = turns.ratio, {name: turns.seconds(name) for name in runs}
     rate, read = memory_rate(device, size=2**29), decoder_bytes(ours)
-    say(f"memory: {rate / 1e9:.1f} GB/s; a token reads {read / 1e6:.0f} MB of weights")
+    print(f"memory: {rate / 1e9:.1f} GB/s; a token reads {read / 1e6:.0f} MB of weights")
     rows = []
     for name, how in ways.items():
         encoder, look, text = flops(ours, how)
@@ -180,7 +165,7 @@ def main() -> None:
         options.device,
         transformers=transformers.__version__,
     )
-    rows = measure(options.batch, options.tokens, options.device, dtype, options.repeats, print)
+    rows = measure(options.batch, options.tokens, options.device, dtype, options.repeats)
     end(head, rows, options.json)
 
 

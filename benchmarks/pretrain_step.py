@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from benchmarks.report import begin, end, row
+from benchmarks.turns import clock
 from blip.layout import TextLayout
 from blip.main import CONF
 from blip.modules.blip import BLIP
@@ -259,17 +259,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
         a @ b
         done += 1
     return done * 2 * side**3 / (clock(device) - start)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device is done with what it was given.
-
-    On a CPU those that this process was given, by its threads: a machine that is shared takes turns away, not speed.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time() / torch.get_num_threads()
 
 
 def measure(batch_size: int, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict]:

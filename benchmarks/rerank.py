@@ -11,16 +11,17 @@ and 25,000 texts at k = 256 stands beside it.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.pretrain_step import LENGTHS, clock, lengths
+from benchmarks.pretrain_step import LENGTHS, lengths
 from benchmarks.report import begin, end, row
+from benchmarks.turns import taken
 from blip.evaluators.retrieval import RetrievalEvaluator, Words
 from blip.evaluators.rows import Rows
 from blip.layout import TextLayout
@@ -103,21 +104,19 @@ def measure(pictures: int, texts: int, device: torch.device, dtype: torch.dtype,
         "each": lambda: each_its_own(model, states, told, None),
         "released": lambda: each_its_own(model, states, told, PADDED),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    said: dict[str, Tensor] = {}
-    for turn in range(-1, repeats):
-        for name, way in ways.items():
-            start = clock(device)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                said[name] = way()
-            if turn >= 0:  # the first turn warms caches and allocators
-                times[name].append(clock(device) - start)
+
+    def mixed(way: Callable[[], Tensor]) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return way()
+
+    turns = taken({name: partial(mixed, way) for name, way in ways.items()}, repeats, device)
+    said = turns.given
     apart = max((said[name] - said["once"]).abs().max().item() for name in ways)
     if apart > (1e-3 if dtype == torch.float32 else 0.1):
         raise ValueError(f"the ways give logits that differ by {apart:.2g}")
     pairs = pictures * texts
-    once, each, released = (pairs / statistics.median(times[name]) for name in ways)
-    print(f"seconds, turn by turn: {times}; logits differ by {apart:.1e} at most")
+    once, each, released = (pairs / turns.seconds(name) for name in ways)
+    print(f"logits differ by {apart:.1e} at most")
     return [
         row("pairs/s, keys and values once a picture", once, "pairs/s", "for each pair", each),
         row("pairs/s, keys and values once a picture", once, "pairs/s", "for each pair, padded to 35", released),
