@@ -27,7 +27,7 @@ from blip.datamodules.index import open_index
 from blip.datamodules.records import PAIRS, entries_of
 from blip.datamodules.shards import Reader, Span
 from blip.datamodules.tars import as_json, write_tar
-from blip.datamodules.views import View
+from blip.datamodules.views import HUMAN, SYNTHETIC, View
 from blip.metrics.rates import auc
 
 
@@ -87,8 +87,8 @@ def main() -> None:
     if options.photos:
         folder = options.out / "photos"
         captioners = {"captioner": partial(Captioner, options.captioner or options.checkpoint)}
-        Pass(options.photos, captioners=captioners, scorers=scorers, source=records.HUMAN).run(folder)
-        sources = (records.HUMAN, records.SYNTHETIC)
+        Pass(options.photos, captioners=captioners, scorers=scorers, source=HUMAN).run(folder)
+        sources = (HUMAN, SYNTHETIC)
         numbers = write_report(options.out / "report.html", View(str(folder), sources=sources), title="Photos")
         print(f"{options.out / 'report.html'}: {numbers['all/kept']} of {numbers['all/texts']} texts kept")
     end(head, rows, options.json)

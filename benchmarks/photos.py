@@ -25,11 +25,11 @@ from benchmarks.report import begin, end, row
 from blip.api import load
 from blip.cli import main as blip
 from blip.datamodules.files import find
-from blip.main import CONF
 from blip.modules.blip import BLIP
 from blip.modules.checkpoint import blip_config
 from blip.modules.vit import normalize
 from blip.modules.vqa import VQA
+from blip.overrides import CONF
 from blip.text import Tokenizer
 
 

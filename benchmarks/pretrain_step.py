@@ -30,11 +30,11 @@ from torch.func import functional_call
 from benchmarks.report import begin, end, row
 from benchmarks.turns import clock
 from blip.layout import TextLayout
-from blip.main import CONF
 from blip.modules.blip import BLIP
 from blip.modules.flops import counter, pretraining_flops
 from blip.modules.losses import draw, itm_loss, negative_weights
 from blip.modules.med import CrossAttention, FeedForward, SelfAttention
+from blip.overrides import CONF
 from blip.tasks.pretrain import PretrainTask
 
 PADDED = 30  # tokens: what the released code pads every caption to

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 from blip.cli_capfilt import add_calibrate, add_materialize, add_report
 from blip.cli_model import add_model
 from blip.cli_score import add_score
+from blip.files import write_text
 
 if TYPE_CHECKING:
     from blip.datamodules.index import Report, Spread
@@ -191,12 +192,7 @@ def list_answers(options: argparse.Namespace) -> int:
     found = frequent_answers(options.shards, options.min_count, progress=_shards_done)
     if not found:
         raise ValueError(f"--min-count {options.min_count}: no answer settles so many questions")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(f"{options.out.name}.partial")
-    partial.write_text(
-        json.dumps([answer for answer, _ in found], ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
-    )
-    partial.replace(options.out)
+    write_text(options.out, json.dumps([answer for answer, _ in found], ensure_ascii=False, indent=0) + "\n")
     print(
         f"{options.out}: {_count(len(found), 'answer')} that settle {_count(options.min_count, 'question')} or more; "
         f"first {', '.join(f'{answer} ({count})' for answer, count in found[:NAMED])}"
@@ -217,10 +213,7 @@ def learn_vocabulary(options: argparse.Namespace) -> int:
     learned = train_wordpiece(texts, options.size)
     tokenizer = Tokenizer.from_json(learned.to_str())
     lengths = sorted(len(ids) for ids in tokenizer.encode(texts, sys.maxsize))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(f"{options.out.name}.partial")
-    partial.write_text(learned.to_str(pretty=True), encoding="utf-8")
-    partial.replace(options.out)
+    write_text(options.out, learned.to_str(pretty=True))
     print(
         f"{options.out}: {_count(len(tokenizer), 'piece')} with [DEC] and [ENC], from {_count(len(texts), 'caption')}; "
         f"a caption has {sum(lengths) / len(lengths):.1f} on average, 99 of 100 at most {lengths[len(lengths) * 99 // 100]}"

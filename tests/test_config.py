@@ -15,10 +15,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from blip.main import CONF, self_contained
+from blip.main import self_contained
 from blip.modules.blip import BLIPConfig
 from blip.modules.med import MEDConfig
 from blip.modules.vit import ViTConfig
+from blip.overrides import CONF
 from blip.tasks.contrastive import ContrastiveObjectives
 from blip.tasks.pretrain import Objectives
 

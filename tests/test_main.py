@@ -18,7 +18,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from blip.main import CONF, check, execute, main, record, reopen, versions
+from blip.main import execute, main, record, reopen, versions
+from blip.overrides import CONF, check
 from tests import standin
 
 ROOT = CONF.parent
@@ -145,12 +146,14 @@ def test_a_full_disk_ends_the_run_with_one_error_and_it_goes_on_from_the_checkpo
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded(tmp_path, "callbacks.gallery=null")
-    synced: list[int] = []
+    fsync, checkpoints = os.fsync, list[str]()
 
     def full(file: int) -> None:
-        if len(synced) == 2:  # the first checkpoint and its folder are on the disk
+        name = os.readlink(f"/proc/self/fd/{file}")
+        checkpoints.extend([name] * (".ckpt" in name))
+        if len(checkpoints) == 2:  # the first is on the disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        synced.append(file)
+        fsync(file)
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="the checkpoint before it is kept") as caught:

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from benchmarks.photos import answer_all, caption_all, lines, random_checkpoint
-from blip.main import CONF
+from blip.overrides import CONF
 
 QUESTIONS = Path(__file__).parent / "fixtures" / "photo_questions.jsonl"
 

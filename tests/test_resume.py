@@ -27,7 +27,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from blip.datamodules.shapes import write_world
-from blip.main import CONF, execute, record, reopen
+from blip.main import execute, record, reopen
+from blip.overrides import CONF
 from tests.recording import samples
 
 ROOT = CONF.parent

@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from blip.main import CONF, execute, record, reopen
+from blip.main import execute, record, reopen
+from blip.overrides import CONF
 
 RECIPES = {
     "coco_caption_129m": "caption/cider",

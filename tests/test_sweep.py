@@ -12,7 +12,7 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from blip.main import CONF, check
+from blip.overrides import CONF, check
 
 ROOT = CONF.parent
 SWEEPS = sorted((ROOT / "sweep").glob("*.yaml"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from blip.files import whole
 
 
 class CurveLog(Logger):
@@ -54,13 +55,10 @@ class CurveLog(Logger):
 
     def write(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         """Replaces the file as a whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with open(partial, "w", newline="") as file:
+        with whole(self.path) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, self.path)
 
     @rank_zero_only
     def cut(self, step: int) -> None:

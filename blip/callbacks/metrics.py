@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+
+from blip.files import write_text
 
 
 class Metrics(L.Callback):
@@ -49,10 +50,10 @@ class Metrics(L.Callback):
         before = json.loads(self.path.read_text()) if self.path.exists() else {}
         now = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
         values = dict(sorted((before | now).items()))
-        replace(self.path, values)
+        write_text(self.path, as_json(values))
         if self.expected:
             beside = {name: {"measured": values.get(name), "expected": value} for name, value in self.expected.items()}
-            replace(self.path.with_name("comparison.json"), beside)
+            write_text(self.path.with_name("comparison.json"), as_json(beside))
         width = max(map(len, values), default=0)
         for name, value in values.items():
             if name.startswith(shown) and value is not None:
@@ -66,8 +67,5 @@ class Metrics(L.Callback):
         self.values = dict(state_dict["values"])
 
 
-def replace(path: Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, path)
+def as_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"

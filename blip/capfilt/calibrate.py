@@ -24,7 +24,8 @@ import numpy as np
 from blip.capfilt import records
 from blip.datamodules.index import Index
 from blip.datamodules.shapes_truth import TRUE
-from blip.datamodules.views import View, combined_scores, read_records
+from blip.datamodules.views import View, combined_scores, read_records, record_file
+from blip.files import whole
 from blip.metrics.rates import Rate, auc, f1, share
 
 COLUMNS = ("shard", "key", "label")
@@ -89,7 +90,7 @@ def labelled(view: View, labels: Labels) -> Cases:
     """The scores of the labelled texts of a view's sources. ValueError where a shard has no records, or no label meets a text."""
     parts, met = [], 0
     for number, (shard, wanted) in enumerate(labels.items()):
-        if not records.path_of(view.folders[0], shard).is_file():
+        if not record_file(view.folders[0], shard).is_file():
             there = len(records.files(view.folders[0]))
             raise ValueError(
                 f"{view.folders[0]}: no records of the shard {shard!r} that labels name ({there} other shards there)"
@@ -248,7 +249,5 @@ def draw(cases: Cases, path: Path, score: str, points: Mapping[str, Any]) -> Non
     below.set_yscale("symlog", linthresh=10)
     below.set(xlabel=f"a text is kept that has at least this {score}", ylabel="texts")
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from blip.capfilt.records import WORK, partial, path_of
+from blip.capfilt.records import WORK, partial
+from blip.datamodules.views import record_file
 
 SPREAD = 0.6180339887  # of the golden ratio: k multiples of it, less their whole part, are spread evenly for every k
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -36,7 +37,7 @@ class Claims:
     def done(self) -> set[int]:
         """The shards that have their records, whoever wrote them."""
         there = {str(path) for path in (self.folder / "records").rglob("*.parquet")}
-        return {n for n, name in enumerate(self.names) if str(path_of(self.folder, name)) in there}
+        return {n for n, name in enumerate(self.names) if str(record_file(self.folder, name)) in there}
 
     def __iter__(self) -> Iterator[int]:
         """Shards that are neither done nor worked on, locked for this process, until there are none."""
@@ -72,7 +73,7 @@ class Claims:
         """Whether the shard is this process's now: locked, and still not done."""
         descriptor = -1
         while descriptor < 0:
-            if path_of(self.folder, self.names[shard]).is_file():
+            if record_file(self.folder, self.names[shard]).is_file():
                 return False
             self.work.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # who finished the last shard has just taken the folder away
@@ -89,7 +90,7 @@ class Claims:
         else:
             for left in self.left.pop(shard, []):  # by a process that was killed, else it had the lock
                 left.unlink(missing_ok=True)
-        if path_of(self.folder, self.names[shard]).is_file():
+        if record_file(self.folder, self.names[shard]).is_file():
             os.close(descriptor)
             return False
         self.held[shard] = descriptor

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from blip.capfilt import records
+from blip.datamodules.views import record_file
 
 NAMED = 20  # broken pictures named for each reason
+TOLD = {"hash", "input", "captioners", "shards"}  # by every description
 
 
 def describe(folder: Path, decides: dict[str, Any], places: dict[str, Any]) -> str:
@@ -41,9 +43,12 @@ def describe(folder: Path, decides: dict[str, Any], places: dict[str, Any]) -> s
 def description(folder: Path) -> dict[str, Any]:
     path = folder / "description.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the description of a pass ({error})") from None
+    if not isinstance(told, dict) or not TOLD.issubset(told):
+        raise ValueError(f"{path}: not the description of a pass; it says nothing of {', '.join(sorted(TOLD))}")
+    return told
 
 
 def complete(folder: Path) -> bool:
@@ -56,7 +61,7 @@ def sum_up(folder: Path, names: Sequence[str], key: str, left_out: dict[str, int
 
     left_out: reason -> records that the index leaves out
     """
-    shards = {records.text_of(name): records.about(records.path_of(folder, name)) for name in names}
+    shards = {records.text_of(name): records.about(record_file(folder, name)) for name in names}
     if other := [name for name, about in shards.items() if about["description"] != key]:
         raise ValueError(
             f"{folder}: records of another pass lie there ({other[0]} ...); take them away and start again"

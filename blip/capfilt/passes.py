@@ -34,10 +34,10 @@ import torch
 from blip.capfilt import manifest, records
 from blip.capfilt.claims import Claims
 from blip.capfilt.pictures import Batch, Pictures, loader
-from blip.capfilt.records import HUMAN, SYNTHETIC, WEB
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.sources import tell_indexing
 from blip.datamodules.view_index import names_of
+from blip.datamodules.views import HUMAN, SYNTHETIC, WEB, record_file
 
 SECONDS = 10.0  # between two lines of progress
 CAPTION = [name for name, _ in records.TEXT]
@@ -206,7 +206,7 @@ class Pass:
         """Record -> rows of its texts in the folders of `synthetic`."""
         found: dict[int, list[dict[str, Any]]] = {}
         if self.synthetic:
-            table = records.read([records.path_of(folder, self.names[shard]) for folder in self.synthetic], CAPTION)
+            table = records.read([record_file(folder, self.names[shard]) for folder in self.synthetic], CAPTION)
             written = [row for row in table.to_pylist() if row["source"] == SYNTHETIC]
             for row in sorted(written, key=lambda row: (row["captioner"], row["number"])):
                 found.setdefault(row["record"], []).append(row)
@@ -234,7 +234,7 @@ class Pass:
             "waited": round(work.waited, 3),
         }
         rows = {column: [row[column] for row in work.rows] for column in columns}
-        records.write(records.path_of(self.folder, name), rows, self.scores, about, claims.partial(shard))
+        records.write(record_file(self.folder, name), rows, self.scores, about, claims.partial(shard))
         claims.release(shard)
 
     def _describe(self) -> str:

@@ -1,6 +1,7 @@
 """CapFilt (paper, section 3.3): from a small clean set and a large noisy one to a cleaner one and a better model.
 
-    pretrain -> finetune_captioner, finetune_filter (or finetune_shared: Table 4) -> generate -> filter -> repretrain
+    pretrain -> finetune_captioner, finetune_filter (or finetune_shared: Table 4) -> generate -> filter (or generate_filter, both in
+    one pass) -> repretrain
 
 What `pipeline=capfilt` runs: the driver, an ordinary process that starts every stage as a step (steps.py) and waits for it. What a
 stage trains on, and how long, is said in conf/stage/NAME.yaml; here is what goes from one to the next.
@@ -20,14 +21,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from blip.capfilt.keys import Step, composed, override
 from blip.capfilt.report import write_report
-from blip.capfilt.steps import COMMAND, Step, Steps, announce, composed, override
+from blip.capfilt.steps import COMMAND, Steps, announce
 from blip.datamodules.locations import expand
 from blip.datamodules.views import View
-from blip.main import replace
+from blip.files import write_text
 
-STAGES = ("pretrain", "finetune_captioner", "finetune_filter", "finetune_shared", "generate", "filter", "repretrain")
-PASSES = ("generate", "filter")
+TRAINED = ("pretrain", "finetune_captioner", "finetune_filter", "finetune_shared")
+PASSES = ("generate", "filter", "generate_filter")
+STAGES = (*TRAINED, *PASSES, "repretrain")
 # Of what a command line says: what is the driver's own, and what is also for passes over shards, which train nothing.
 FOR_DRIVER = ("pipeline", "name=", "hydra.", "hydra/", "stage", "resume")
 FOR_PASSES = ("seed=", "paths.")
@@ -38,9 +41,10 @@ class CapFilt:
 
     root: working directory of the steps; weights: a model in place of the first stage; captioner, filter: in place of a fine-tuned
     stages: those to run (default: all), the others must be finished; rounds: how often the web is captioned and filtered
-    shared: one model is captioner and filter; control: re-train on as many texts, not cleaned; continuing: re-train the first model
+    shared: one model is captioner and filter; fused: one pass generates and filters
+    control: re-train on as many texts, not cleaned; continuing: re-train the first model
     web: the source of `repretrain` that is captioned and filtered; view: which of its texts are kept
-    launcher, resources: see `Steps`; jobs: of `generate` and `filter`; overrides: stage -> overrides of it alone
+    launcher, resources: see `Steps`; jobs: pass -> how many side by side; overrides: stage -> overrides of it alone
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class CapFilt:
         captioner: str | None,
         filter: str | None,
         shared: bool,
+        fused: bool,
         control: bool,
         continuing: bool,
         web: str,
@@ -65,9 +70,10 @@ class CapFilt:
         self.tune: dict[str, set[str]] = {"finetune_captioner": {"captioner"}, "finetune_filter": {"filter"}}
         if shared:
             self.tune = {"finetune_shared": {"captioner", "filter"}}
-        known = [stage for stage in STAGES if not stage.startswith("finetune") or stage in self.tune]
-        allowed = {"stages": (stages or (), known), "overrides": (overrides, known), "jobs": (jobs, list(PASSES))}
-        for what, (names, there_are) in (allowed | {"resources": (resources, ["all", *known])}).items():
+        self.passes = ("generate_filter",) if fused else ("generate", "filter")
+        known = ["pretrain", *self.tune, *self.passes, "repretrain"]
+        allowed = {"stages": (stages or (), known), "overrides": (overrides, STAGES), "jobs": (jobs, PASSES)}
+        for what, (names, there_are) in (allowed | {"resources": (resources, ("all", *STAGES))}).items():
             if unknown := sorted(set(names) - set(there_are)):
                 raise ValueError(f"pipeline.{what}: {', '.join(unknown)} is none of {', '.join(there_are)}")
         View.of({**view, "records": root})  # a rule that cannot be is told before anything is trained
@@ -119,12 +125,12 @@ class CapFilt:
         """Writes a report for each filter step and the summary, and prints the latter."""
         rows = [row(step, folder) for step, folder in done]
         for at, (step, folder) in enumerate(done):
-            if step.stage == "filter":
-                report = out / f"{step.name.replace('filter', 'report')}.html"
+            if step.stage == self.passes[-1]:
+                report = out / f"report{step.name.removeprefix(step.stage)}.html"
                 view = View(records=str(folder), **self.view)
                 numbers = write_report(report, view, title=f"CapFilt: {out.name}", costs=rows[:at])
                 rows[at] |= {"kept": numbers["all/kept"], "report": str(report)}
-        replace(out / "summary.json", json.dumps(rows, indent=1) + "\n")
+        write_text(out / "summary.json", json.dumps(rows, indent=1) + "\n")
         announce(*table(rows), *(about["report"] for about in rows if "report" in about))
 
     def plan(self) -> Generator[list[Step], list[Path], None]:
@@ -139,9 +145,12 @@ class CapFilt:
                 for roles, folder in zip(tune.values(), folders, strict=True):
                     models = dict.fromkeys(roles, weights_in(folder)) | models
             captioner = {"stage.captioners.captioner.checkpoint": models["captioner"]}
-            (synthetic,) = yield [self.over_shards("generate", number, captioner)]
-            judge = {"stage.scorers.filter.checkpoint": models["filter"]}
-            (records,) = yield [self.over_shards("filter", number, {"stage.synthetic": [synthetic], **judge})]
+            judge: dict[str, Any] = {"stage.scorers.filter.checkpoint": models["filter"]}
+            if self.passes == ("generate_filter",):
+                (records,) = yield [self.over_shards("generate_filter", number, captioner | judge)]
+            else:
+                (synthetic,) = yield [self.over_shards("generate", number, captioner)]
+                (records,) = yield [self.over_shards("filter", number, {"stage.synthetic": [synthetic]} | judge)]
             kept = {f"data.sources.{self.web_source[0]}.view.records": records}
             again = self.training("repretrain", number, kept | ({"ckpt": pretrained} if self.continuing else {}))
             model = weights_in((yield [again])[0])
@@ -154,7 +163,7 @@ class CapFilt:
         return Step(stage, named(stage, number), (*self.said(stage), *view), uses or {})
 
     def over_shards(self, stage: str, number: int, uses: Mapping[str, Any]) -> Step:
-        """`generate` or `filter`, over the shards of the web."""
+        """A pass over the shards of the web."""
         shards = override("stage.shards", shards_of(self.web_source[1]))
         workers = max(1, self.jobs.get(stage, 1))
         return Step(

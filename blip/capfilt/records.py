@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-WEB, SYNTHETIC, HUMAN = "web", "synthetic", "human"  # sources of a text
+from blip.files import whole
+
 WORK = "work"  # files in the making, below the folder; gone when all is done
 KEY = b"blip"  # in the metadata of a file: JSON of what was done to its shard
 
@@ -49,11 +50,6 @@ def column(scorer: str, score: str) -> str:
     return score if scorer == "filter" else f"{score}_{scorer}"
 
 
-def path_of(folder: Path, shard: str) -> Path:
-    """Where the records of a shard of this name stand."""
-    return folder / "records" / f"{shard}.parquet"
-
-
 def write(path: Path, rows: dict[str, list[Any]], scores: Sequence[str], about: dict[str, Any], partial: Path) -> None:
     """Writes the records of a shard, first as `partial` (of the same file system), so that `path` appears whole or not at all."""
     told = {KEY: json.dumps(about, ensure_ascii=False).encode("utf-8", "replace")}
@@ -64,25 +60,15 @@ def write(path: Path, rows: dict[str, list[Any]], scores: Sequence[str], about: 
 
 
 def replace(path: Path, data: Any, partial: Path) -> None:
-    """Puts a file of these bytes in the place of `path`, and on the disk, or leaves all as it was. OSError that says what to do.
+    """Puts a file of these bytes in the place of `path`, whole (`blip.files`), or leaves all as it was. OSError that says what to do.
 
     Where another process did the same and then took the partial file away, its file stays.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with whole(path, partial) as target:
+            target.write_bytes(data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         if isinstance(error, FileNotFoundError) and path.is_file():
             return
         raise OSError(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,8 @@ from blip.capfilt.tally import NOT_TAKEN, Label, Tally, tally
 from blip.capfilt.words import shifts
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.shapes_truth import TRUE
-from blip.datamodules.views import View
+from blip.datamodules.views import SYNTHETIC, WEB, View
+from blip.files import own
 from blip.metrics.rates import Rate, Z, auc, f1, share
 
 WORDS = 20  # that each side of a shift prefers
@@ -84,18 +84,16 @@ def _index(described: Mapping[str, Any], shards: str | Sequence[str] | None) -> 
 
 def together(labels: Mapping[str, Label]) -> dict[str, Label]:
     """In the order of the report: web, human, synthetic; of several captioners first all together, then each as `synthetic NAME`."""
-    found = {
-        name: label for name, label in sorted(labels.items(), reverse=True) if not name.startswith(records.SYNTHETIC)
-    }
-    written = {name: label for name, label in sorted(labels.items()) if name.startswith(records.SYNTHETIC)}
+    found = {name: label for name, label in sorted(labels.items(), reverse=True) if not name.startswith(SYNTHETIC)}
+    written = {name: label for name, label in sorted(labels.items()) if name.startswith(SYNTHETIC)}
     if written:
-        found[records.SYNTHETIC] = sum(written.values(), Label())
+        found[SYNTHETIC] = sum(written.values(), Label())
     return found | (written if len(written) > 1 else {})
 
 
 def _numbers(found: Tally, labels: Mapping[str, Label]) -> dict[str, Any]:
     """What is said in the docstring of this file."""
-    own = [label for name, label in labels.items() if not name.startswith(f"{records.SYNTHETIC} ")]
+    own = [label for name, label in labels.items() if not name.startswith(f"{SYNTHETIC} ")]
     numbers: dict[str, Any] = {
         "shards": found.shards,
         "pictures": found.pictures,
@@ -115,12 +113,12 @@ def _numbers(found: Tally, labels: Mapping[str, Label]) -> dict[str, Any]:
         told |= {f"after/{what}": value for what, value in label.after.numbers().items()}
         told |= {f"truth/{what}": value for what, value in truth_numbers(label).items()}
         numbers |= {f"{_name(name)}/{what}": value for what, value in told.items()}
-    if records.WEB in labels and records.SYNTHETIC in labels:
-        web, written = labels[records.WEB], labels[records.SYNTHETIC]
+    if WEB in labels and SYNTHETIC in labels:
+        web, written = labels[WEB], labels[SYNTHETIC]
         for when, first, second in (("all", written.before, web.before), ("kept", written.after, web.after)):
             found_shifts = shifts(first.words, second.words)
-            ends = {"synthetic": found_shifts[:WORDS], "web": found_shifts[: -WORDS - 1 : -1]}
-            for side, sign in (("synthetic", 1), ("web", -1)):
+            ends = {SYNTHETIC: found_shifts[:WORDS], WEB: found_shifts[: -WORDS - 1 : -1]}
+            for side, sign in ((SYNTHETIC, 1), (WEB, -1)):
                 preferred = [shift._asdict() for shift in ends[side] if sign * shift.z > Z]
                 numbers[f"words/{when}/preferred_by_{side}"] = preferred
     return {name: _finite(value) for name, value in numbers.items()}
@@ -170,4 +168,4 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    records.replace(path, text.encode("utf-8", "replace"), path.with_name(f"{path.name}.{os.getpid()}.partial"))
+    records.replace(path, text.encode("utf-8", "replace"), own(path))

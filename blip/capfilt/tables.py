@@ -21,10 +21,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
+from blip.capfilt.keys import Step, composed, override
 from blip.capfilt.pipeline import PASSES, for_stage, said_to_all, shards_of
-from blip.capfilt.steps import COMMAND, Step, Steps, composed, override
-from blip.datamodules.views import View, decide
-from blip.main import replace
+from blip.capfilt.steps import COMMAND, Steps
+from blip.datamodules.views import SYNTHETIC, View, decide
+from blip.files import write_text
 
 HOLDS, REVERSED, UNDECIDED, EQUAL = "as in the paper", "reversed", "undecided", "equal in the paper"
 STANDARD_ERRORS = 2.0  # beyond which an order is claimed
@@ -125,8 +126,8 @@ class Tables:
             if (steps.done[name] / "records").is_dir()
         }
         result = compared(self.tables, self.columns, found, noise)
-        replace(folder / "tables.json", json.dumps(result, indent=1) + "\n")
-        replace(folder / "tables.md", "\n".join(told(result)) + "\n")
+        write_text(folder / "tables.json", json.dumps(result, indent=1) + "\n")
+        write_text(folder / "tables.md", "\n".join(told(result)) + "\n")
         print("\n".join(told(result)), flush=True)
 
     def work(self, steps: Steps, for_all: Sequence[str] = ()) -> None:
@@ -186,13 +187,13 @@ def measured(folder: Path) -> dict[str, float]:
 
 def noise_ratio(records: Path, view: Mapping[str, Any]) -> float | None:
     """Percent of the synthetic texts that a filter rejects (the paper's noise ratio); None where none is judged."""
-    chosen = View.of({**view, "records": records, "sources": ["synthetic"], "control": False})
+    chosen = View.of({**view, "records": records, "sources": [SYNTHETIC], "control": False})
     if not chosen.scores:
         return None
     texts = kept = 0
     for path in sorted((records / "records").rglob("*.parquet")):
         table = pq.read_table(path)
-        texts += sum(source == "synthetic" for source in table["source"].to_pylist())
+        texts += sum(source == SYNTHETIC for source in table["source"].to_pylist())
         kept += int(decide(table, chosen).sum())
     return 100 * (1 - kept / texts) if texts else None
 

@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 
 from blip.capfilt import records
 from blip.capfilt.examples import Examples, Rows
+from blip.capfilt.manifest import NAMED
 from blip.capfilt.words import Texts
 from blip.datamodules.index import Index
 from blip.datamodules.records import NOTHING
 from blip.datamodules.shapes_truth import Compared, compare, described, recorded
 from blip.datamodules.shards import Reader, Span
-from blip.datamodules.views import View, combined_scores, kept_rows
+from blip.datamodules.views import View, combined_scores, kept_rows, record_file
 
 BINS = 100
 TEXTS = 500_000  # whose words are counted
-NAMED = 20  # broken pictures named for each reason
 COMBINED = "combined"  # the score of a view that goes by several
 BELOW, EMPTY, UNSCORED, NOT_TAKEN = "below the threshold", "empty", "not scored", "source not taken"
 REASONS = (BELOW, EMPTY, UNSCORED, NOT_TAKEN)
@@ -127,6 +127,10 @@ def tally(view: View, index: Index | None, seed: int) -> Tally:
     for path, name, (table, times) in zip(paths, names, kept, strict=True):
         _add_shard(found, name, records.about(path))
         _add_texts(found, view, name, table, times > 0, truths.of(name, table), _draws(seed, name))
+    if truths.found and truths.lost:
+        reason = "texts whose truth is not known, for their shard can no longer be read"
+        found.broken[reason] = sum(truths.lost.values())
+        found.broken_names[reason] = [*truths.lost][:NAMED]
     return found
 
 
@@ -143,7 +147,7 @@ def _ranges(view: View, names: Sequence[str]) -> tuple[dict[str, tuple[float, fl
     found: dict[str, tuple[float, float]] = {}
     rows = 0
     for place, folder in enumerate(view.folders):
-        for about in (pq.read_metadata(records.path_of(folder, name)) for name in names):
+        for about in (pq.read_metadata(record_file(folder, name)) for name in names):
             rows += about.num_rows if place == 0 else 0
             for group in map(about.row_group, range(about.num_row_groups)):
                 for column in map(group.column, range(group.num_columns)):
@@ -169,6 +173,8 @@ class Truths:
 
     def __init__(self, index: Index | None) -> None:
         self.index, self.reader = index, Reader()
+        self.found = False  # whether any shard held scenes
+        self.lost: dict[str, int] = {}  # texts of the shards that could not be read
         self.numbers = {} if index is None else {index.name(shard): shard for shard in range(len(index.names))}
 
     def of(self, name: str, table: pa.Table) -> list[Compared | None] | None:
@@ -184,12 +190,14 @@ class Truths:
             try:
                 read = self.reader.read([Span(self.index.shard(shard), parts[-1]) for _, parts, _ in places])
             except (OSError, ValueError):
+                self.lost[name] = len(table)
                 return None
             for record, (text,), (_, _, is_json) in zip(some, read, places, strict=True):
                 told[record] = _object(text) if is_json else {}
             if described(told[wanted[0]]) is None:
                 self.index = None  # of another world, and so are the other shards
                 return None
+        self.found = True
         rows = zip(*(table[column].to_pylist() for column in ("record", "source", "text")), strict=True)
         return [_compared(told[record], source, text) for record, source, text in rows]
 

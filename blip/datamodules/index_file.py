@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from blip.datamodules.records import PAIRS
+from blip.files import own, whole
 
 MAGIC = b"BLIP index 1\n"
 
@@ -36,20 +37,12 @@ def write(path: Path, arrays: dict[str, np.ndarray], report: dict[str, Any]) -> 
         {"fingerprint": fingerprint(arrays, report["records"]), "report": report, "arrays": table, "bytes": at},
         ensure_ascii=False,
     ).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(MAGIC + len(head).to_bytes(8, "little") + head)
-            file.write(b"\0" * (-file.tell() % 64))
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array).view(np.uint8).data)  # as it lies: of a mapped file page by page
-                file.write(b"\0" * (-array.nbytes % 64))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path, own(path)) as partial, open(partial, "wb") as file:
+        file.write(MAGIC + len(head).to_bytes(8, "little") + head)
+        file.write(b"\0" * (-file.tell() % 64))
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)  # as it lies: of a mapped file page by page
+            file.write(b"\0" * (-array.nbytes % 64))
 
 
 def read(path: Path, mode: Literal["r", "r+"] = "r") -> tuple[dict, dict[str, np.ndarray]]:

@@ -10,7 +10,6 @@ A tar is there whole or not at all, so that a stopped run goes on where it was; 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from blip.datamodules.shards import Reader, Span
 from blip.datamodules.tars import as_json, picture_suffix, write_tar
 from blip.datamodules.view_index import by_record, names_of, stamp
 from blip.datamodules.views import View, kept_rows
+from blip.files import write_text
 
 LONGEST_KEY = 90  # bytes, so that any reader of tars takes KEY.json
 AT_ONCE = 64  # pictures read together
@@ -81,9 +81,7 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     if not path.is_file():
         if any(not each.name.startswith(f".{ABOUT}.") for each in out.iterdir()):
             raise ValueError(f"{out}: already there; remove it or give another folder")
-        partial = path.with_name(f".{ABOUT}.partial")
-        partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(about, indent=1) + "\n")
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     if before.get("stamp") != about["stamp"]:

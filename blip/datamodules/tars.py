@@ -2,11 +2,12 @@
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from blip.files import whole
 
 STARTS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"))
 
@@ -20,30 +21,17 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, Mapping[str, bytes]
     put together with another (empty, with a dot behind its folder, met before), and for names longer than tars hold.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     keys: set[str] = set()
-    try:
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for key, members in samples:
-                    name = key.rpartition("/")[2]
-                    if not name or "." in name or key in keys or not members:
-                        raise ValueError(
-                            f"{path}: a sample needs members and a key of its own without dots, not {key!r}"
-                        )
-                    keys.add(key)
-                    for suffix, data in members.items():
-                        member = tarfile.TarInfo(f"{key}.{suffix}")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:  # a full disk does not say which
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            name = key.rpartition("/")[2]
+            if not name or "." in name or key in keys or not members:
+                raise ValueError(f"{path}: a sample needs members and a key of its own without dots, not {key!r}")
+            keys.add(key)
+            for suffix, data in members.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     return len(keys)
 
 

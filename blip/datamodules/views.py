@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from blip.datamodules.records import NOTHING
 
-SOURCES = ("web", "synthetic", "human")
+SOURCES = WEB, SYNTHETIC, HUMAN = "web", "synthetic", "human"  # of a text
 COMBINE: dict[str, Callable[..., np.ndarray]] = {
     "mean": np.mean,
     "unanimous": np.min,
@@ -53,7 +53,7 @@ class View:
     combine: str = "mean"
     threshold: float | None = None
     share: float | None = None
-    sources: Sequence[str] = ("web", "synthetic")
+    sources: Sequence[str] = (WEB, SYNTHETIC)
     control: bool = False
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ def _asked(table: pa.Table, view: View) -> np.ndarray:
 
 def _own(table: pa.Table) -> np.ndarray:
     """Rows that are texts of the shards themselves, [R] bool."""
-    return _bools(pc.not_equal(table["source"], "synthetic"))
+    return _bools(pc.not_equal(table["source"], SYNTHETIC))
 
 
 def _bools(found: pa.ChunkedArray) -> np.ndarray:
@@ -205,13 +205,18 @@ def read_records(view: View, name: str, columns: Iterable[str] = ()) -> pa.Table
     several = len(view.folders) > 1
     for folder in view.folders:
         path = record_file(folder, name)
-        wanted = {"record", "source", "text", *columns, *view.scores, *(IDENTITY if several else ())}
+        needed = {"record", "source", "text", *(IDENTITY if several else ())}
+        wanted = {*needed, *columns, *view.scores}
         try:
             with pq.ParquetFile(path) as file:
                 there = file.schema_arrow.names
                 table = file.read([column for column in there if column in wanted])
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path}: not a whole Parquet file ({error}); delete it and run its pass again") from error
+        if missing := needed.difference(there):
+            raise ValueError(
+                f"{path}: no records of a pass, which have a column {sorted(missing)}; name the folder of one"
+            )
         found.update(there)
         if first is None:
             first = table

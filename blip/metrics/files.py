@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from blip.files import write_text
+
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file (ValueError naming it where it is none)."""
@@ -16,8 +18,4 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes beside the file and then puts it in its place, so that no half of it is ever there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content))

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from blip.files import whole, write_text
 from blip.modules.blip import BLIPConfig
 from blip.modules.med import MEDConfig
 from blip.modules.names import (
@@ -333,17 +333,19 @@ def convert(
     dropped = dict(weights.dropped)
     if to == "released":
         tensors, left = to_released(weights.tensors, task or "pretrain")
-        _write(destination, lambda path: torch.save({"model": tensors}, path))
+        with whole(destination) as path:
+            torch.save({"model": tensors}, path)
     elif to == "transformers":
         task = task or "BlipForConditionalGeneration"
         tensors, left = to_transformers(weights.tensors, task)
         destination.mkdir(parents=True, exist_ok=True)
         config = json.dumps(_transformers_config(sizes(weights.tensors, heads), task), indent=2)
         own = {name: t for name, t in tensors.items() if not name.startswith("text_decoder.cls.predictions.decoder.")}
-        _write(destination / "model.safetensors", lambda path: save_file(own, path, {"format": "pt"}))
-        _write(destination / "config.json", lambda path: path.write_text(config, encoding="utf-8"))
+        with whole(destination / "model.safetensors") as path:
+            save_file(own, path, {"format": "pt"})
+        write_text(destination / "config.json", config)
         if text := tokenizer or weights.tokenizer:
-            _write(destination / "tokenizer.json", lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(destination / "tokenizer.json", text)
     elif to == "blip":
         tensors, left = weights.tensors, {}
         text = tokenizer or weights.tokenizer
@@ -351,7 +353,8 @@ def convert(
             raise ValueError(f"{source} holds no tokenizer: give the vocabulary that its model was trained with")
         yaml = weights.config or json.dumps({"model": nodes(sizes(tensors, heads))}, indent=2)  # JSON is YAML
         content = {"state_dict": tensors, "config": yaml, "tokenizer": text, "trained_on": list(weights.trained_on)}
-        _write(destination, lambda path: torch.save(content, path))
+        with whole(destination) as path:
+            torch.save(content, path)
     else:
         raise ValueError(f"unknown layout {to!r}; choose released, transformers or blip")
     loaded = [name for name in weights.tensors if name not in left]
@@ -408,13 +411,3 @@ def _transformers_config(config: BLIPConfig, task: str) -> dict[str, Any]:
             "bos_token_id": config.dec_id,
         },
     }
-
-
-def _write(path: Path, write: Any) -> None:
-    """Whole or not at all."""
-    part_path = path.with_name(path.name + ".part")
-    try:
-        write(part_path)
-        os.replace(part_path, path)
-    finally:
-        part_path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ def test_a_checkpoint_is_read_back_and_leaves_nothing_beside_it(tmp_path: Path) 
 def test_half_a_file_that_a_killed_run_left_is_written_over(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"step": 1, "weights": torch.arange(3)}, path)
-    (tmp_path / "last.ckpt.partial").write_bytes(path.read_bytes()[:100] + b"cut" * 10**5)
+    (tmp_path / ".last.ckpt.partial").write_bytes(path.read_bytes()[:100] + b"cut" * 10**5)
     AtomicCheckpointIO().save_checkpoint({"step": 2, "weights": torch.arange(3)}, path)
     assert torch.load(path, weights_only=True)["step"] == 2
     assert os.listdir(tmp_path) == ["last.ckpt"]

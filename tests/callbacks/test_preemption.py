@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from blip import signals
-from blip.main import CONF, execute, record, reopen
+from blip.main import execute, record, reopen
+from blip.overrides import CONF
 
 OPTIONS = [
     "trainer=cpu",

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from blip import files
 from blip.capfilt import claims, manifest, records
 from blip.capfilt.passes import Pass
+from blip.datamodules.views import record_file
 from tests.capfilt.speaking import Hasher, Namer, content, made, told
 from tests.datamodules.making import pair, picture, tar_of, write_shards
 from tests.datamodules.serving import serving
@@ -146,7 +148,7 @@ def test_records_do_not_depend_on_how_the_work_is_split(split: dict, shards: lis
 
 def test_a_restart_redoes_nothing(shards: list[str], tmp_path: Path) -> None:
     made(shards, tmp_path, **both())
-    records.path_of(tmp_path, "00001.tar").unlink()
+    record_file(tmp_path, "00001.tar").unlink()
     times = {path: path.stat().st_mtime_ns for path in records.files(tmp_path)}
     seen: list[int] = []
 
@@ -165,7 +167,7 @@ def test_four_workers_killed_at_random_moments_end_in_the_records_of_an_undistur
     options = {"captioners": {"captioner": Namer(2)}, "scorers": {"filter": Hasher()}}
     plain, folder = made(shards, tmp_path / "plain", **options), tmp_path / "killed"
     rng = random.Random(0)
-    at_the_files = {claims.__file__, manifest.__file__, records.__file__}  # where a moment matters most
+    at_the_files = {claims.__file__, files.__file__, manifest.__file__, records.__file__}  # where a moment matters most
 
     def work(worker: int, until: int, anywhere: bool) -> None:
         happened = 0
@@ -220,7 +222,7 @@ def test_killed_at_any_moment_of_its_writing_a_file_is_whole_or_not_there(tmp_pa
 
         def count(frame: Any, *_: Any) -> None:
             nonlocal happened
-            happened += frame.f_code.co_filename == records.__file__
+            happened += frame.f_code.co_filename in (files.__file__, records.__file__)
             if happened == until:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -460,6 +462,9 @@ def test_synthetic_texts_must_be_complete_and_of_the_same_shards(own: list[str],
         made(own, tmp_path / "other", **filtering)
     with pytest.raises(ValueError, match="not the description of a pass"):
         made(own, tmp_path / "other", **(filtering | {"synthetic": [str(tmp_path)]}))
+    (generate / "description.json").write_text('{"captioners": {}}')  # of another program
+    with pytest.raises(ValueError, match=r"not the description of a pass; it says nothing of .*hash"):
+        made(own, tmp_path / "other", **filtering)
     assert not (tmp_path / "other").exists()
 
 

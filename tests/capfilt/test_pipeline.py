@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from blip.capfilt.keys import Step, composed
 from blip.capfilt.pipeline import CapFilt
-from blip.capfilt.steps import Step, Steps, composed
-from blip.main import CONF, record, refuse_changes, reopen
+from blip.capfilt.steps import Steps
+from blip.main import record, refuse_changes, reopen
+from blip.overrides import CONF
 from tests.capfilt.stage_standin import until
 
 ROOT = CONF.parent
@@ -103,6 +105,17 @@ def test_one_model_may_be_captioner_and_filter(tmp_path: Path, monkeypatch: pyte
     )
 
 
+def test_generate_and_filter_may_be_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = planned(tmp_path, monkeypatch, fused=True, rounds=2)
+    first = ["pretrain", "finetune_captioner + finetune_filter", "generate_filter", "repretrain"]
+    assert steps.names == [*first, "finetune_captioner_2 + finetune_filter_2", "generate_filter_2", "repretrain_2"]
+    assert steps.uses("generate_filter") == {
+        "stage.captioners.captioner.checkpoint": "finetune_captioner/checkpoints/last.ckpt",
+        "stage.scorers.filter.checkpoint": "finetune_filter/checkpoints/last.ckpt",
+    }
+    assert steps.uses("repretrain_2") == {"data.sources.1.view.records": "generate_filter_2"}
+
+
 def test_models_that_exist_take_the_place_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {name: str(tmp_path / f"{name}.ckpt") for name in ("weights", "captioner", "filter")}
     assert planned(tmp_path, monkeypatch, **given).names == ["generate", "filter", "repretrain"]
@@ -143,6 +156,7 @@ def test_nothing_is_run_beyond_the_last_stage_that_is_asked_for(
             "pipeline.stages: fliter is none of pretrain, finetune_captioner, finetune_filter, gen",
         ),
         ({"stages": ["finetune_filter"], "shared": True}, "finetune_filter is none of pretrain, finetune_shared"),
+        ({"stages": ["filter"], "fused": True}, "filter is none of .* generate_filter, repretrain"),
         ({"overrides": {"captioner": []}}, "pipeline.overrides: captioner is none of"),
         ({"jobs": {"generat": 8}}, "pipeline.jobs: generat is none of generate, filter"),
         ({"resources": {"gnerate": {}}}, "pipeline.resources: gnerate is none of all, pretrain"),

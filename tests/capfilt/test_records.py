@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from blip.capfilt import records
+from blip.datamodules.views import record_file
 
 
 def rows(number: int, scores: tuple[str, ...] = ("itm", "itc")) -> dict[str, list[Any]]:
@@ -37,7 +38,7 @@ def rows(number: int, scores: tuple[str, ...] = ("itm", "itc")) -> dict[str, lis
 
 
 def write(folder: Path, shard: str, number: int, scores: tuple[str, ...] = ("itm", "itc")) -> Path:
-    path = records.path_of(folder, shard)
+    path = record_file(folder, shard)
     records.write(
         path, rows(number, scores), scores, {"shard": shard, "pictures": number}, folder / "work" / "1.partial"
     )
@@ -82,15 +83,11 @@ def test_a_file_is_whole_or_not_there_whatever_fails(
     fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = write(tmp_path, "0.tar", 2).read_bytes()
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fail(*_: Any) -> None:
-        raise full
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if fails == "write":
-        monkeypatch.setattr(records, "open", lambda *_: _Full(full), raising=False)
-    else:
-        monkeypatch.setattr(os, fails, fail)
+    monkeypatch.setattr(*((Path, "write_bytes") if fails == "write" else (os, fails)), fail)
     with pytest.raises(OSError, match=r"1\.tar\.parquet cannot be written \(No space left on device\).*start again"):
         write(tmp_path, "1.tar", 3)
     with pytest.raises(OSError, match="cannot be written"):
@@ -99,22 +96,6 @@ def test_a_file_is_whole_or_not_there_whatever_fails(
     assert [path.name for path in records.files(tmp_path)] == ["0.tar.parquet"]
     assert records.files(tmp_path)[0].read_bytes() == before
     assert not list((tmp_path / "work").iterdir())
-
-
-class _Full:
-    """A file that takes nothing."""
-
-    def __init__(self, error: OSError) -> None:
-        self.error = error
-
-    def __enter__(self) -> _Full:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, _: Any) -> None:
-        raise self.error
 
 
 def test_a_file_that_is_none_of_ours_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,12 +19,13 @@ import pytest
 
 from blip.capfilt import records
 from blip.capfilt.report import write_report
+from blip.capfilt.tally import tally
 from blip.cli import main
-from blip.datamodules.index import build_index
+from blip.datamodules.index import build_index, open_index
 from blip.datamodules.shapes import write_world
 from blip.datamodules.shapes_language import caption, wrong_attribute
 from blip.datamodules.shapes_truth import described
-from blip.datamodules.views import View
+from blip.datamodules.views import View, record_file
 
 SIZES = {"train": 3, "web": 120, "val": 3, "test": 3, "reserved": 3}
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)> \u202e\x00\x1b[31m\"'&amp;"
@@ -66,11 +68,12 @@ def scored(folder: Path, world: Path, hostile: str = "") -> list[dict[str, Any]]
         about = {"shard": name, "digest": "", "description": "", "pictures": number + 1, "broken": [], "seconds": 2.0}
         if not shard:
             about["broken"] = [["000000007<b>", "cut short"]]
-        path = records.path_of(folder, name)
+        path = record_file(folder, name)
         as_columns = {column: [row[column] for row in of_shard] for column in columns}
         records.write(path, as_columns, ("itm", "itc"), about, path.with_suffix(".partial"))
         rows += of_shard
-    described_by = {"input": index.fingerprint, "shards": [index.location(shard) for shard in range(len(index.names))]}
+    described_by = {"hash": "", "input": index.fingerprint, "captioners": {}}
+    described_by["shards"] = [index.location(shard) for shard in range(len(index.names))]
     (folder / "description.json").write_text(json.dumps(described_by))
     (folder / "manifest.json").write_text("{}")
     return rows
@@ -208,6 +211,22 @@ def test_without_the_shards_the_report_has_no_pictures_and_says_so(world: Path, 
     assert "the shards cannot be read" in text
 
 
+def test_texts_of_a_shard_that_is_lost_meanwhile_are_counted(world: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(world, shards)
+    rows = scored(tmp_path / "records", shards)
+    index = open_index(str(shards / "*.tar"))
+    lost = index.name(1)
+    Path(index.location(1)).unlink()
+    found = tally(View(tmp_path / "records"), index, seed=0)
+    (reason,) = found.broken.keys() - {"cut short"}
+    assert "truth is not known" in reason
+    assert found.broken[reason] == sum(row["shard"] == lost for row in rows)
+    assert found.broken_names[reason] == [lost]
+    judged = sum(len(label.kinds) for label in found.labels.values())
+    assert judged == len(rows) - found.broken[reason]
+
+
 def test_a_pass_that_is_not_finished_is_reported_as_such(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "records"
     scored(folder, world)
@@ -271,7 +290,7 @@ def test_every_text_is_counted_by_who_wrote_it_and_why_it_is_dropped(tmp_path: P
     rows |= {"record": [0] * len(said), "key": ["k"] * len(said)}
     rows |= dict(zip(("source", "captioner", "text", "itm"), map(list, zip(*said, strict=True)), strict=True))
     about = {"pictures": 1, "seconds": 0.0, "broken": [["one", "empty"], ["two", "empty"]]}
-    path = records.path_of(tmp_path / "records", "a/0.tar")
+    path = record_file(tmp_path / "records", "a/0.tar")
     records.write(path, rows, ("itm",), about, path.with_suffix(".partial"))
     numbers = write_report(tmp_path / "report.html", View(tmp_path / "records"))
     assert (numbers["web/kept"], numbers["web/dropped/empty"], numbers["web/noise_ratio"]) == (1, 1, 50.0)

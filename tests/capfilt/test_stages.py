@@ -10,7 +10,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from blip.capfilt import records
-from blip.main import CONF, check, execute
+from blip.main import execute
+from blip.overrides import CONF, check
 from tests.checkpoints import save
 from tests.datamodules.making import write_shards
 from tests.test_config import composed, nodes, parameters

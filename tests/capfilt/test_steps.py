@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from blip.capfilt import steps
-from blip.capfilt.steps import NO_MATTER, Step, Steps, decided_by, override
+from blip.capfilt.keys import NO_MATTER, Step, decided_by, fingerprint, override
+from blip.capfilt.steps import Steps
 from blip.datamodules.shapes import write_world
-from blip.main import CONF, MAY_CHANGE
+from blip.main import MAY_CHANGE
+from blip.overrides import CONF
 from tests.capfilt.stage_standin import until
 
 ROOT = CONF.parent
@@ -30,7 +31,7 @@ def decided(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def said(step: Step, root: Path) -> dict[str, Any]:
         config = dict(text.split("=", 1) for text in step.overrides)
-        return {"config": config, "data": {}, "uses": {key: steps.fingerprint(path) for key, path in step.uses.items()}}  # type: ignore[arg-type]
+        return {"config": config, "data": {}, "uses": {key: fingerprint(path) for key, path in step.uses.items()}}  # type: ignore[arg-type]
 
     monkeypatch.setattr("blip.capfilt.steps.decided_by", said)
     monkeypatch.setattr("blip.capfilt.steps.POLL", 0.02)
@@ -181,10 +182,11 @@ import sys
 from pathlib import Path
 from blip import signals
 from blip.capfilt import steps
+from blip.capfilt.keys import Step
 signals.listen()
 steps.decided_by = lambda step, root: {"config": {}, "data": {}, "uses": {}}
 folder, root, *standin = sys.argv[1:]
-two = [steps.Step(name, name, ("do=wait",)) for name in ("captioner", "filter")]
+two = [Step(name, name, ("do=wait",)) for name in ("captioner", "filter")]
 steps.Steps(Path(folder), Path(root), command=standin).run(*two)
 """
 

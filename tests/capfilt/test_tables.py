@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from blip.capfilt.steps import Step, Steps, composed, step_overrides
+from blip.capfilt.keys import Step, composed, step_overrides
+from blip.capfilt.steps import Steps
 from blip.capfilt.tables import EQUAL, HOLDS, REVERSED, UNDECIDED, Tables, compared, order, told
 from blip.datamodules.views import View
-from blip.main import CONF
+from blip.overrides import CONF
 
 OPTIONS: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / "pipeline" / "tables.yaml"))["pipeline"]  # type: ignore
 COLUMNS = {"TR": "test/retrieval/i2t_r1", "SPICE": "test/caption/attributes"}

@@ -10,6 +10,7 @@ from typing import Any
 from blip.capfilt import records
 from blip.datamodules.index import Index
 from blip.datamodules.shards import texts_in
+from blip.datamodules.views import record_file
 
 # (record number through all shards, source, number of the text) -> its scores by column
 Score = Callable[[int, str, int], Mapping[str, float]]
@@ -49,7 +50,7 @@ def write_pass(
         if shard not in leave:
             table = {name: [row.get(name) for row in rows] for name in records.schema(columns).names}
             about = {"shard": index.name(shard), "pictures": end - first, "broken": []}
-            path = records.path_of(folder, index.name(shard))
+            path = record_file(folder, index.name(shard))
             records.write(path, table, columns, about, folder / "partial")
     locations = [index.location(shard) for shard in range(len(index.names))]
     (folder / "description.json").write_text(json.dumps({"input": index.fingerprint, "shards": locations}))

@@ -90,8 +90,12 @@ def test_a_run_that_stopped_goes_on_and_ends_in_the_same_bytes(index, view, tmp_
 
 
 def test_a_full_disk_is_one_error_that_names_the_tar(index, view, tmp_path, monkeypatch):
+    fsync = os.fsync
+
     def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if ".tar." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)

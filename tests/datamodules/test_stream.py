@@ -26,7 +26,7 @@ from blip.datamodules.questions import QuestionsDataModule
 from blip.datamodules.statements import StatementsDataModule
 from blip.datamodules.stream import StreamDataModule, fitting_prefetch
 from blip.layout import TextLayout
-from blip.main import CONF
+from blip.overrides import CONF
 from tests.datamodules.making import pair, tar_of, write_records, write_shards, write_vocabulary
 from tests.datamodules.serving import serving
 

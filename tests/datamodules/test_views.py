@@ -14,6 +14,7 @@ import numpy as np
 import pandas
 import polars
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from blip.datamodules.index import Index, open_index
@@ -192,6 +193,12 @@ def test_filters_are_combined_over_the_same_texts(index, records, tmp_path):
     assert len(view_index(index, View(both, combine="mean", threshold=0.4))) > 74
     strange = write_pass(tmp_path / "strange", index, score, ("itm", "itc"), written=lambda n: ["a picture"])
     with pytest.raises(ValueError, match="other texts than those of"):
+        view_index(index, View([records, strange]))
+    path = strange / "records" / "00000.tar.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["captioner"]), path)
+    with pytest.raises(
+        ValueError, match=r"00000\.tar\.parquet: no records of a pass, which have a column \['captioner'\]"
+    ):
         view_index(index, View([records, strange]))
 
 
@@ -376,7 +383,7 @@ def test_records_of_another_input_or_of_some_shards_only_are_refused(shards, ind
         view_index(index, View(records, scores=["itm", "itm_clip"]))
     with pytest.raises(ValueError, match="keeps no text of its 3 shards"):
         view_index(index, View(records, threshold=0.95))
-    assert [path.name for path in (records / "views").glob("*.tmp")] == []
+    assert [path.name for path in (records / "views").glob("*.partial")] == []
     (part / "records" / "00000.tar.parquet").write_bytes(b"PAR1 cut")
     (part / "records" / "00002.tar.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(ValueError, match=r"00000\.tar\.parquet: not a whole Parquet file"):

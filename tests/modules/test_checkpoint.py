@@ -143,7 +143,7 @@ def test_files_go_through_every_layout_and_back(tmp_path: Path, vocabulary: str)
     before, after = (torch.load(p, weights_only=True)["model"] for p in (first, tmp_path / "last.pth"))
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not list(tmp_path.glob("**/*.part"))
+    assert not list(tmp_path.glob("**/*.partial"))
 
 
 def test_the_config_that_a_checkpoint_carries_rebuilds_its_model():

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from blip.main import CONF
+from blip.overrides import CONF
 from tests.modules.small import pictures, small_model, texts
 from tests.tasks.steps import batch, pairs, stepper
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from blip.capfilt.generate import Captioner
 from blip.capfilt.passes import Pass
-from blip.main import CONF
+from blip.overrides import CONF
 from tests.slurm.conftest import Cluster, until
 
 ROOT = CONF.parent

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from blip.main import CONF
+from blip.overrides import CONF
 from tests.recording import samples
 from tests.slurm.conftest import Cluster, until
 
