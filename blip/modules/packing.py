@@ -21,7 +21,7 @@ _laid_out: WeakKeyDictionary[nn.Linear, tuple[tuple, Tensor, Tensor | None]] = W
 
 @contextmanager
 def packed(linears: Iterable[nn.Linear]) -> Iterator[None]:
-    """Within it the linear layers multiply in bf16 by copies of their matrices, kept until the matrices change."""
+    """Within it the linear layers multiply in bf16 by copies of their matrices; of layers that are not trained they are kept."""
     linears = [linear for linear in linears if AVAILABLE]
     for linear in linears:
         linear.forward = partial(_product, *_layout(linear))  # type: ignore[method-assign]
@@ -34,12 +34,18 @@ def packed(linears: Iterable[nn.Linear]) -> Iterator[None]:
 
 def _layout(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     weight, bias = linear.weight.detach(), linear.bias
+    if linear.weight.requires_grad:  # fused optimizers change it and leave its version as it was
+        return _copies(weight, bias)
     state = (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)
     kept = _laid_out.get(linear)
     if kept is None or kept[0] != state:
-        matrix = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), ROWS)
-        kept = _laid_out[linear] = (state, matrix, None if bias is None else bias.detach().bfloat16())
+        kept = _laid_out[linear] = (state, *_copies(weight, bias))
     return kept[1:]
+
+
+def _copies(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    matrix = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), ROWS)
+    return matrix, None if bias is None else bias.detach().bfloat16()
 
 
 def _product(matrix: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

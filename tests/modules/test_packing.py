@@ -32,14 +32,24 @@ def test_products_are_those_of_the_layer(rows: int, bias: bool) -> None:
     torch.testing.assert_close(product(linear, x, True), product(linear, x, False), rtol=1e-2, atol=1e-2)
 
 
-def test_a_layer_that_has_changed_is_laid_out_anew_and_one_that_has_not_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_is_not_trained_is_laid_out_once_until_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    linear, x = nn.Linear(48, 40), torch.randn(8, 48)
+    linear, x = nn.Linear(48, 40).requires_grad_(False), torch.randn(8, 48)
     before = product(linear, x, True)
     monkeypatch.setattr(packing, "ROWS", None)  # laying out would fail now
     assert torch.equal(product(linear, x, True), before)
     monkeypatch.undo()
-    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.1)
+    linear.load_state_dict(nn.Linear(48, 40).state_dict())
+    torch.testing.assert_close(product(linear, x, True), product(linear, x, False), rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(product(linear, x, True), before, atol=0.05)
+
+
+@pytest.mark.parametrize("fused", [True, False])  # fused steps leave a tensor's version as it was
+def test_a_layer_that_is_trained_multiplies_by_what_it_has_learnt(fused: bool) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 40), torch.randn(8, 48)
+    before = product(linear, x, True)
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.1, fused=fused)
     linear(x).square().sum().backward()
     optimizer.step()
     torch.testing.assert_close(product(linear, x, True), product(linear, x, False), rtol=1e-2, atol=1e-2)
