@@ -65,7 +65,7 @@ def models(dtype: torch.dtype, device: torch.device) -> tuple[BLIP, Any]:
     theirs.to(dtype).eval()
     tensors, dropped = from_transformers(theirs.state_dict())
     weights = Weights(Path("transformers"), "transformers", tensors, dropped)
-    ours = BLIP(sizes(tensors, (12, 12), dropout=0.0), encoder=False).to(dtype).eval()
+    ours = BLIP(sizes(tensors, (12, 12), dropout=0.0), encoder=False).to(dtype).eval().requires_grad_(False)
     load(ours, weights)
     return ours.to(device), theirs.to(device)
 
