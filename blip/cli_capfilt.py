@@ -34,7 +34,7 @@ def add_materialize(data: Any, progress: Callable[[int, int, str], None]) -> Non
 def _add_view(command: argparse.ArgumentParser) -> None:
     """Which scores of which texts."""
     command.add_argument(
-        "--score", action="append", metavar="COLUMN", help="itm (default), itc, ...; also several times"
+        "--score", action="extend", nargs="+", metavar="COLUMN", help="itm (default), itc, ...; several are combined"
     )
     command.add_argument(
         "--combine", choices=("mean", "unanimous"), default="mean", help="of several scores (default: mean)"

@@ -336,6 +336,15 @@ def test_the_command_takes_the_rule_and_tells_where_the_page_is(
     assert "no records there" in capsys.readouterr().err
 
 
+def test_several_scores_are_named_in_one_go_or_one_by_one(passed: tuple, tmp_path: Path) -> None:
+    rule = ["--combine", "unanimous", "--threshold", "0.3", "--out", str(tmp_path / "page.html")]
+    kept = []
+    for scores in (["--score", "itm", "itc"], ["--score", "itm", "--score", "itc"], ["--score", "itm"]):
+        assert main(["report", str(passed[0]), *scores, *rule]) == 0
+        kept.append(json.loads((tmp_path / "page.json").read_text())["all/kept"])
+    assert kept[0] == kept[1] == sum(row["itc"] >= 0.3 for row in passed[1]) < kept[2]
+
+
 def test_errors_name_what_is_wrong(passed: tuple, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no records there"):
         write_report(tmp_path / "report.html", View(tmp_path))
