@@ -140,7 +140,9 @@ def self_contained(cfg: DictConfig) -> DictConfig:
     for path, value in leaves(plain):
         if isinstance(value, str) and re.search(r"\$\{[\w.]+:", value):
             OmegaConf.update(cfg, path, OmegaConf.select(cfg, path))
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # tells now of what is missing
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{', '.join(missing)}: no value yet; say {missing[0]}=VALUE")
+    OmegaConf.to_container(cfg, resolve=True)  # tells now of what refers to nothing
     return cfg
 
 
@@ -203,13 +205,14 @@ def refuse_changes(before: Any, after: Any, folder: Path) -> None:
 
 def run(config: Path) -> None:
     """Executes; an error that says what to do ends the run with its text alone, how it arose lies in the run folder."""
+    trace = config.resolve().with_name("traceback.txt")
+    trace.unlink(missing_ok=True)  # of a start before
     try:
         execute(config)
     except (ValueError, OSError, InstantiationException) as error:
         told = error.__cause__ if isinstance(error, InstantiationException) else error
         if not isinstance(told, ValueError | OSError):
             raise
-        trace = config.resolve().with_name("traceback.txt")
         with contextlib.suppress(OSError):  # the disk may be full
             trace.write_text(traceback.format_exc())
         sys.exit(f"error: {told}\n  How it arose: {trace}")

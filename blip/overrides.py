@@ -75,6 +75,12 @@ def one_of_each(overrides: list[str]) -> Iterator[str]:
             yield f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
+def choices(group: str) -> list[str]:
+    """The options of a group of configs, Hydra's own and those of its plugins included."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return GlobalHydra.instance().config_loader().get_group_options(group)
+
+
 def nearest(override: str, cfg: DictConfig) -> list[str]:
     """Up to three keys of the config, or options of a group, that the left or right side of an override may have meant."""
     key, _, value = override.lstrip("+~").partition("=")

@@ -101,6 +101,7 @@ class Pass:
         self.scored_by = json.dumps({name: scorer.fingerprint for name, scorer in self.scorers.items()})
         self.description = self._describe()
         claims = Claims(self.folder, self.names, self.worker + _rank())
+        left = len(self.names) - len(claims.done())
         try:
             broken = self._go_through(claims)
         finally:
@@ -110,18 +111,20 @@ class Pass:
             raise ValueError(
                 f"{len(broken)} shard(s) cannot be read; fetch them anew and start again, what is done stays:\n{listed}"
             )
-        if left := len(self.names) - len(claims.done()):
+        if others := len(self.names) - len(claims.done()):
             log.info(
-                "%s: %d shards are in the hands of other processes; the last writes manifest.json", self.folder, left
+                "%s: %d shards are in the hands of other processes; the last writes manifest.json", self.folder, others
             )
             return
         told = manifest.sum_up(self.folder, self.names, self.description, self.index.report.skipped)
         claims.clear()
         log.info(
-            "%s: %s texts of %s pictures, %d broken; %.0f pictures/s a process, %.0f %% of the time waiting for data",
-            *(self.folder, f"{sum(told['rows'].values()):,}", f"{told['pictures']:,}"),
-            *(sum(told["broken"].values()), told["pictures_per_s"] or 0.0),
-            100 * (told["waited_for_data"] or 0.0),
+            "%s: %s texts of %s pictures, %d broken; %s",
+            *(self.folder, f"{sum(told['rows'].values()):,}", f"{told['pictures']:,}", sum(told["broken"].values())),
+            f"{told['pictures_per_s'] or 0:.0f} pictures/s a process, {100 * (told['waited_for_data'] or 0):.0f} % of the time "
+            "waiting for data"
+            if left
+            else "nothing was left to do",
         )
 
     # the shards one after the other

@@ -34,6 +34,7 @@ STAGES = (*TRAINED, *PASSES, "repretrain")
 # Of what a command line says: what is the driver's own, and what is also for passes over shards, which train nothing.
 FOR_DRIVER = ("pipeline", "name=", "hydra.", "hydra/", "stage", "resume")
 FOR_PASSES = ("seed=", "paths.")
+SHOWN = ("/i2t_r1", "/t2i_r1", "/cider", "/attributes")  # of the metrics of pre-trained models
 
 
 class CapFilt:
@@ -76,7 +77,10 @@ class CapFilt:
         for what, (names, there_are) in (allowed | {"resources": (resources, ("all", *STAGES))}).items():
             if unknown := sorted(set(names) - set(there_are)):
                 raise ValueError(f"pipeline.{what}: {', '.join(unknown)} is none of {', '.join(there_are)}")
-        View.of({**view, "records": root})  # a rule that cannot be is told before anything is trained
+        try:
+            View.of({**view, "records": root})  # a rule that cannot be is told before anything is trained
+        except ValueError as error:
+            raise ValueError(f"pipeline.view: {error}") from None
         if rounds < 1:
             raise ValueError(f"pipeline.rounds={rounds}: at least 1")
         self.root, self.rounds, self.weights = Path(root), rounds, weights
@@ -131,7 +135,7 @@ class CapFilt:
                 numbers = write_report(report, view, title=f"CapFilt: {out.name}", costs=rows[:at])
                 rows[at] |= {"kept": numbers["all/kept"], "report": str(report)}
         write_text(out / "summary.json", json.dumps(rows, indent=1) + "\n")
-        announce(*table(rows), *(about["report"] for about in rows if "report" in about))
+        announce(*table(rows), *gains(rows), *(about["report"] for about in rows if "report" in about))
 
     def plan(self) -> Generator[list[Step], list[Path], None]:
         """The steps in their order, those together that may run side by side; gets the folders of each group back."""
@@ -225,7 +229,9 @@ def weights_in(folder: Path) -> Path:
 
 
 def row(step: Step, folder: Path) -> dict[str, Any]:
-    """What the summary says of a finished step: seconds; of a pass pictures, texts in and broken; of a training step pairs seen."""
+    """What the summary says of a finished step: seconds; of a pass pictures, texts and broken pictures; of a training step pairs seen,
+    metrics and weights.
+    """
     about = {"stage": step.name, "seconds": json.loads((folder / "finished.json").read_text())["seconds"]}
     if step.workers:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -237,16 +243,34 @@ def row(step: Step, folder: Path) -> dict[str, Any]:
         counts = [config.get(f"trainer.{key}") for key in keys]
         if all(isinstance(count, int) and count > 0 for count in counts):
             about["pairs"] = math.prod(counts) * config["data.batch_size"]
+        about["metrics"] = json.loads((folder / "metrics.json").read_text())
+        about["weights"] = str(weights_in(folder))
     return about | {"folder": str(folder)}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The summary in lines of text."""
-    lines = [f"{'stage':>18} {'seconds':>9} {'in':>22} {'kept':>12}"]
+    lines = [f"{'stage':>18} {'seconds':>9} {'in':>18} {'out':>16}"]
     for about in rows:
         texts = sum(count for key, count in about.items() if key.startswith("texts/"))
-        told = f"{about['pairs']:,} pairs" if "pairs" in about else f"{about.get('pictures', 0):,} pictures"
-        told = f"{texts:,} texts" if "kept" in about else told if "pairs" in about or "pictures" in about else ""
-        kept = f"{about['kept']:,}" if "kept" in about else f"{texts:,}" if texts else ""
-        lines.append(f"{about['stage']:>18} {about['seconds']:9,.0f} {told:>22} {kept:>12}")
+        came, left = (f"{about['pairs']:,} pairs" if "pairs" in about else ""), ""
+        if "kept" in about:
+            came, left = f"{texts:,} texts", f"{about['kept']:,} kept"
+        elif "pictures" in about:
+            came, left = f"{about['pictures']:,} pictures", f"{texts:,} texts"
+        lines.append(f"{about['stage']:>18} {about['seconds']:9,.0f} {came:>18} {left:>16}")
     return lines
+
+
+def gains(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the pre-trained models are worth, a column each, and where the last one lies, in lines of text."""
+    models = [about for about in rows if "weights" in about and not about["stage"].startswith("finetune")]
+    if not models:
+        return []
+    shared = set.intersection(*({*about["metrics"]} for about in models))
+    shown = [
+        name for name in models[0]["metrics"] if name in shared and name.startswith("test/") and name.endswith(SHOWN)
+    ]
+    head = [f"{'':40}" + "".join(f"{about['stage']:>16}" for about in models)] if shown else []
+    lines = [f"{name:>40}" + "".join(f"{about['metrics'][name]:16.2f}" for about in models) for name in shown]
+    return [*head, *lines, f"{models[-1]['stage']}: {models[-1]['weights']}"]

@@ -29,6 +29,7 @@ from typing import Any
 from blip.capfilt.keys import Step, changes, decided_by, digest, key_of, override, step_overrides
 from blip.files import write_text
 from blip.main import environment
+from blip.overrides import choices
 
 COMMAND = (sys.executable, "-c", "from blip.main import main; main()")
 # Lines that stay in a step's log: details, paths, Hydra's own; errors are told when the step has ended.
@@ -72,6 +73,8 @@ class Steps:
         resources: Mapping[str, Mapping[str, Any]] | None = None,
         command: Sequence[str] = COMMAND,
     ) -> None:
+        if launcher not in (there_are := ["local", *choices("hydra/launcher")]):
+            raise ValueError(f"pipeline.launcher={launcher} is none of {', '.join(there_are)}")
         self.folder, self.root, self.launcher = folder, root, launcher
         self.resources, self.command = dict(resources or {}), tuple(command)
         self.done: dict[str, Path] = {}  # name -> folder of all that were asked for, in their order

@@ -65,7 +65,9 @@ class View:
         if self.combine not in COMBINE:
             raise ValueError(f"combine={self.combine!r}: of several scores the {' or '.join(COMBINE)}")
         if self.threshold is not None and self.share is not None:
-            raise ValueError("a view has a threshold or a share, not both: set the other to null")
+            raise ValueError(
+                f"threshold={self.threshold} and share={self.share}: a view has one of them, not both; set the other to null"
+            )
         if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(f"share={self.share}: of the texts, above 0 and at most 1")
         if not self.scores and (self.threshold, self.share) != (None, None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import random
 import resource
@@ -146,8 +147,12 @@ def test_records_do_not_depend_on_how_the_work_is_split(split: dict, shards: lis
     assert not (other / "work").exists()
 
 
-def test_a_restart_redoes_nothing(shards: list[str], tmp_path: Path) -> None:
+def test_a_restart_redoes_nothing(shards: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     made(shards, tmp_path, **both())
+    assert "pictures/s a process" in caplog.messages[-1]
+    made(shards, tmp_path, **both())
+    assert caplog.messages[-1].endswith("nothing was left to do")
     record_file(tmp_path, "00001.tar").unlink()
     times = {path: path.stat().st_mtime_ns for path in records.files(tmp_path)}
     seen: list[int] = []

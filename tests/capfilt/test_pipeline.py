@@ -161,6 +161,7 @@ def test_nothing_is_run_beyond_the_last_stage_that_is_asked_for(
         ({"jobs": {"generat": 8}}, "pipeline.jobs: generat is none of generate, filter"),
         ({"resources": {"gnerate": {}}}, "pipeline.resources: gnerate is none of all, pretrain"),
         ({"view": {"threshold": 0.5, "share": 0.5}}, "share"),
+        ({"view": {"treshold": 0.5}}, "pipeline.view: .*unknown"),
         ({"rounds": 0}, "pipeline.rounds=0: at least 1"),
     ],
 )
@@ -303,4 +304,8 @@ def test_the_whole_pipeline_goes_on_after_kill_9_of_its_driver(tmp_path: Path) -
     assert (summary["filter"]["texts/web"], summary["filter"]["texts/synthetic"]) == (30, 30)
     assert summary["filter"]["kept"] == 30  # the half that debug=smoke keeps
     assert (folder / "report.html").stat().st_size > 10_000
+    assert Path(summary["repretrain"]["weights"]).is_file()
+    worth = next(line for line in told.stdout.splitlines() if "test/retrieval/i2t_r1 " in line)
+    of = [summary[stage]["metrics"]["test/retrieval/i2t_r1"] for stage in ("pretrain", "repretrain")]
+    assert worth.split()[1:] == [f"{value:.2f}" for value in of]
     assert sorted(path.name for path in Path(summary["generate"]["folder"]).glob("jobs/*")) == ["0", "1"]

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from blip.capfilt import records
-from blip.main import execute
+from blip.capfilt import keys, records
+from blip.main import execute, record
 from blip.overrides import CONF, check
 from tests.checkpoints import save
 from tests.datamodules.making import write_shards
@@ -55,6 +55,31 @@ def test_a_checkpoint_that_is_not_there_is_one_error_that_names_it_and_nothing_i
     with pytest.raises((ValueError, OSError), match=rf"{tmp_path}/none\.ckpt"):
         stage("generate", tmp_path / "out", f"stage.shards={tmp_path}/web/*.tar", missing)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.yaml"]
+
+
+def test_captioners_and_scorers_beside_the_first_are_added_by_their_group(checkpoint: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "web", (3,))
+    options = [f"stage.shards={tmp_path}/web/*.tar", f"stage.out={tmp_path}/out"]
+    options += [
+        "+captioner@stage.captioners.beams=blip",
+        "+scorer@stage.scorers.second=blip",
+        "stage.captioners.beams.strategy=beam",
+    ]
+    nodes = ("captioners.captioner", "captioners.beams", "scorers.filter", "scorers.second")
+    stage("generate_filter", tmp_path / "run", *options, *(f"stage.{node}.checkpoint={checkpoint}" for node in nodes))
+    rows = records.read(records.files(tmp_path / "out")).to_pylist()
+    assert {row["captioner"] for row in rows} == {None, "captioner", "beams"}
+    decoding = {row["captioner"]: json.loads(row["decoding"])["strategy"] for row in rows if row["captioner"]}
+    assert decoding == {"captioner": "nucleus", "beams": "beam"}
+    assert all((row["itm"], row["itc"]) == (row["itm_second"], row["itc_second"]) for row in rows)
+    clip = keys.composed(["stage=filter", "+scorer@stage.scorers.clip=clip"], tmp_path).stage.scorers.clip
+    assert clip._target_ == "blip.capfilt.filter.ClipScorer"
+
+
+def test_a_value_that_is_missing_is_one_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stage.captioners.captioner.checkpoint: no value yet"):
+        record(keys.composed(["stage=generate"], tmp_path), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", PASSES)

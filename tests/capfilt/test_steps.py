@@ -175,6 +175,11 @@ def test_jobs_are_given_to_the_launcher_with_their_resources(
     assert ("stage.worker" in said) == (workers > 1)
 
 
+def test_a_launcher_that_is_none_is_told_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pipeline\.launcher=slrm is none of local, basic, joblib, .*slurm"):
+        Steps(tmp_path, ROOT, "slrm", command=STANDIN)
+
+
 # Ended and continued ----------------------------------------------------------------------------------------------
 
 DRIVER = """

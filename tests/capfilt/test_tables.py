@@ -61,7 +61,7 @@ def test_a_table_by_itself_trains_its_rows_and_makes_what_these_use(tmp_path: Pa
 
 
 def test_a_view_that_says_nonsense_is_refused_before_anything_is_trained(tmp_path: Path):
-    with pytest.raises(ValueError, match="a threshold or a share, not both"):
+    with pytest.raises(ValueError, match="one of them, not both"):
         the_tables(tmp_path, view={**OPTIONS["view"], "share": 0.5})
     rows = OPTIONS["rows"] | {"capfilt": {**OPTIONS["rows"]["capfilt"], "view": {"treshold": 0.5}}}
     with pytest.raises(ValueError, match=r"view: unknown \['treshold'\]"):

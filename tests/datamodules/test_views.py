@@ -355,7 +355,7 @@ def test_of_a_read_only_folder_the_view_lies_in_the_cache(index, tmp_path, monke
     [
         ({"treshold": 0.5}, r"unknown \['treshold'\]"),
         ({"combine": "median"}, "combine='median'"),
-        ({"threshold": 0.5, "share": 0.5}, "a threshold or a share"),
+        ({"threshold": 0.5, "share": 0.5}, "one of them, not both"),
         ({"share": 0}, "share=0: of the texts"),
         ({"share": 30}, "share=30: of the texts"),
         ({"threshold": float("nan")}, "threshold=nan"),
