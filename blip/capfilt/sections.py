@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blip.capfilt import page
 from blip.capfilt.examples import Example
 from blip.capfilt.page import bar, card, histogram, key, number, percent, said, table
-from blip.capfilt.tally import BELOW, BINS, REASONS, Label, Tally
+from blip.capfilt.tally import BELOW, BINS, NOT_TAKEN, REASONS, Label, Tally
 from blip.capfilt.words import LONGEST
 from blip.datamodules.shapes_truth import TRUE
 from blip.datamodules.views import View
+from blip.metrics.rates import share
 
+SHARES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)  # of the texts, that other thresholds keep
+NEAR = 0.005  # of the texts, for a rounder threshold
 Numbers = Mapping[str, Any]
 
 
@@ -210,26 +214,48 @@ def _scores(told: Told) -> str:
 
 
 def _other_thresholds(told: Told) -> str:
-    """What would be kept with another threshold: no model is needed to know."""
-    column = told.found.decides
-    if not column or told.view.share is not None:
+    """What would be kept with another threshold, and the noise that would be dropped: no model is needed to know."""
+    if not told.found.decides or told.view.share is not None:
         return ""
-    low, high = told.found.ranges[column]
-    names = [name for name in told.labels if name in told.view.sources]
-    rows = []
-    for step in range(10, BINS, 10):
-        threshold = low + (high - low) * step / BINS
-        kept = [int(told.labels[name].scores[column].sum(0)[step:].sum()) for name in names]
-        of = [int(told.labels[name].scores[column].sum()) for name in names]
-        rows.append(
-            [
-                f"{threshold:.2f}",
-                *(percent(100 * k / n if n else math.nan) for k, n in zip(kept, of, strict=True)),
-                number(sum(kept)),
-            ]
-        )
-    head = ["#Threshold", *(f"#{_label(name)} kept" for name in names), "#Texts kept"]
-    return f"<h3>With another threshold</h3>{table(head, rows)}"
+    found = [(name, told.labels.get(name, Label())) for name in told.view.sources]
+    of = {name: label.texts - label.dropped[NOT_TAKEN] for name, label in found}
+    reaching = sum((label.reaching for _, label in found), np.zeros(len(told.found.thresholds), np.int64))
+    noise = np.array([kind != TRUE for _, label in found for kind in label.kinds], bool)
+    deciding = np.array([score for _, label in found for score in label.deciding], np.float32)
+    in_use = int(np.searchsorted(told.found.thresholds, np.float32(told.view.threshold)))
+    rows, styles = [], []
+    for place in _worth_showing(told.found.thresholds, reaching, in_use, sum(of.values())):
+        threshold = told.found.thresholds[place]
+        kept = {name: int(label.reaching[place]) for name, label in found if of[name]}
+        row = [f"{threshold!s}, in use" if place == in_use else str(threshold)]
+        row += [percent(100 * kept[name] / of[name]) if of[name] else "n/a" for name in of]
+        row.append(number(int(reaching[place])))
+        if len(noise):
+            dropped = deciding < threshold
+            hit = int((dropped & noise).sum())
+            row += [percent(100 * share(hit, all_of).value) for all_of in (int(dropped.sum()), int(noise.sum()))]
+        rows.append(row)
+        styles.append("total" if place == in_use else "")
+    truth = ["#Noise precision", "#Noise recall"] if len(noise) else []
+    head = ["#Threshold", *(f"#{_label(name)} kept" for name in of), "#Texts kept", *truth]
+    words = "Precision: how many of the dropped texts are noise. Recall: how much of the noise is dropped."
+    meaning = f"<p class=soft>{words}</p>" if truth else ""
+    return f"<h3>With another threshold</h3>{table(head, rows, styles)}{meaning}"
+
+
+def _worth_showing(thresholds: NDArray[np.float32], reaching: NDArray[np.int64], in_use: int, texts: int) -> list[int]:
+    """Places of the threshold in use and of those that keep nearly SHARES of all texts, ascending; no two keep the same.
+
+    Of several that are near enough, the one of the fewest digits.
+    """
+    shown = {int(reaching[in_use]): in_use}
+    for kept in SHARES:
+        away = np.abs(reaching - kept * texts)
+        near = np.flatnonzero(away <= max(NEAR * texts, away.min()))
+        best = min(near.tolist(), key=lambda place: (len(str(thresholds[place])), away[place]))
+        if reaching[best]:
+            shown.setdefault(int(reaching[best]), best)
+    return sorted(shown.values())
 
 
 def _cards(told: Told, examples: Sequence[Example]) -> str:

@@ -31,7 +31,8 @@ from blip.datamodules.shapes_truth import Compared, compare, described, recorded
 from blip.datamodules.shards import Reader, Span
 from blip.datamodules.views import View, combined_scores, kept_rows, record_file
 
-BINS = 100
+BINS = 100  # of a chart
+FINE = 4  # digits of the thresholds that are counted, below the first digit of the scores' range
 TEXTS = 500_000  # whose words are counted
 COMBINED = "combined"  # the score of a view that goes by several
 BELOW, EMPTY, UNSCORED, NOT_TAKEN = "below the threshold", "empty", "not scored", "source not taken"
@@ -43,9 +44,10 @@ class Label:
     """Texts of one source, of synthetic ones those of one captioner.
 
     dropped: reason -> texts; scores: column -> [2, BINS], dropped (but empty ones) and kept
+    reaching: [K], texts that each of `Tally.thresholds` would keep
     before, after: words of a sample of all, and of those kept
-    deciding, decided, kinds, picture: of the texts whose truth is known the score that the view goes by, whether it keeps them,
-    their kind, a number for each picture;
+    deciding, decided, kinds, picture: of the texts whose truth is known the score that the view goes by (of an empty one -inf, as
+    no threshold keeps it), whether it keeps them, their kind, a number for each picture;
     attributes: of those [dropped, kept][agreeing, slots], as `shapes_truth.Compared` counts them
     """
 
@@ -53,6 +55,7 @@ class Label:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     scores: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    reaching: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
     before: Texts = field(default_factory=Texts)
     after: Texts = field(default_factory=Texts)
     deciding: list[float] = field(default_factory=list)
@@ -70,6 +73,7 @@ class Label:
             self.kept + other.kept,
             self.dropped + other.dropped,
             {name: self.scores.get(name, none) + other.scores.get(name, none) for name in columns},
+            self.reaching + other.reaching,
             self.before | other.before,
             self.after | other.after,
             self.deciding + other.deciding,
@@ -85,11 +89,14 @@ class Tally:
     """All that the report tells.
 
     labels: `web`, `human`, `synthetic CAPTIONER`; ranges: column of a score -> ends of its chart; decides: the score that the view
-    goes by, a column or COMBINED, nothing where it keeps every text; least_kept: the least of it that is kept; sampled: share of the texts whose words are counted; bare: pictures that keep no text; seconds: of all workers
+    goes by, a column or COMBINED, nothing where it keeps every text; thresholds: [K] of it that are counted, ascending; least_kept: the
+    least of it that is kept; sampled: share of the texts whose words are counted; bare: pictures that keep no text; seconds: of all
+    workers
     """
 
     ranges: dict[str, tuple[float, float]]
     decides: str
+    thresholds: NDArray[np.float32]
     sampled: float
     labels: dict[str, Label] = field(default_factory=dict)
     examples: Examples = field(default_factory=Examples)
@@ -119,7 +126,8 @@ def tally(view: View, index: Index | None, seed: int) -> Tally:
         decides = COMBINED
         ends = [ranges.get(name, (0.0, 1.0)) for name in view.scores]  # one that is missing is an error of `kept_rows`
         ranges[COMBINED] = min(least for least, _ in ends), max(greatest for _, greatest in ends)
-    found = Tally(ranges, decides, min(1.0, TEXTS / max(rows, 1)))
+    thresholds = _thresholds(ranges[decides], view.threshold) if decides in ranges else np.zeros(0, np.float32)
+    found = Tally(ranges, decides, thresholds, min(1.0, TEXTS / max(rows, 1)))
     truths = Truths(index)
     if index is not None:
         found.broken.update(index.report.skipped)
@@ -166,6 +174,19 @@ def _rounded(name: str, least: float, greatest: float) -> tuple[float, float]:
     if not math.isfinite(least) or not math.isfinite(greatest):
         return 0.0, 1.0
     return math.floor(20 * least) / 20, math.floor(20 * greatest) / 20 + 0.05
+
+
+def _thresholds(ends: tuple[float, float], in_use: float | None) -> NDArray[np.float32]:
+    """Round numbers between the ends, 10,000 to 100,000 evenly and finer ones beside the ends, where scores crowd; and the one in use.
+
+    As a view compares them, so that what reaches each is counted exactly.
+    """
+    low, high = ends
+    digits = FINE - math.floor(math.log10(high - low))
+    even = np.arange(math.ceil(low * 10**digits), math.floor(high * 10**digits) + 1) / 10**digits
+    beside = (np.arange(1, 1000)[:, None] / 10.0 ** np.arange(digits + 1, digits + 4)).ravel()
+    used = [] if in_use is None else [in_use]
+    return np.unique(np.concatenate([even, low + beside, high - beside, used]).astype(np.float32))
 
 
 class Truths:
@@ -263,12 +284,14 @@ def _add_texts(
             for part, mask in enumerate((rows & ~kept & ~dropped[EMPTY], rows & kept)):
                 values = scores[column][mask]
                 counted[part] += np.histogram(values[np.isfinite(values)], BINS, ends)[0]
+        reaching = np.sort(deciding[rows & ~dropped[NOT_TAKEN] & ~dropped[EMPTY]])
+        entry.reaching = entry.reaching + (len(reaching) - np.searchsorted(reaching, found.thresholds))
         for texts, mask in ((entry.before, rows & sampled), (entry.after, rows & sampled & kept)):
             texts.add(table["text"].filter(pa.array(mask)).to_pylist())
         if compared is not None:
             for row in np.flatnonzero(rows & ~dropped[NOT_TAKEN]).tolist():
                 if (beside := compared[row]) is not None:
-                    entry.deciding.append(float(deciding[row]))
+                    entry.deciding.append(-math.inf if dropped[EMPTY][row] else float(deciding[row]))
                     entry.decided.append(bool(kept[row]))
                     entry.kinds.append(beside.kind)
                     entry.picture.append(found.shards << 40 | int(numbers[row]))

@@ -336,6 +336,75 @@ def test_the_command_takes_the_rule_and_tells_where_the_page_is(
     assert "no records there" in capsys.readouterr().err
 
 
+def other_thresholds(page: Path) -> tuple[list[str], list[list[str]]]:
+    """(heading, rows) of the table of other thresholds, as text."""
+    table = page.read_text(encoding="utf-8").partition("With another threshold")[2].partition("</table>")[0]
+    head, *rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in table.split("<tr")[1:]]
+    return head, rows
+
+
+def test_other_thresholds_are_spread_over_the_texts_beside_the_one_in_use(passed: tuple, tmp_path: Path) -> None:
+    folder, rows = passed
+    write_report(tmp_path / "page.html", View(folder, scores=("itm", "itc"), threshold=0.44))
+    head, found = other_thresholds(tmp_path / "page.html")
+    assert head == ["Threshold", "Web kept", "Synthetic kept", "Texts kept", "Noise precision", "Noise recall"]
+    score = np.array([[row["itm"], row["itc"]] for row in rows], np.float32).mean(1)
+    source, noise = np.array([row["source"] for row in rows]), ~np.array([row["true"] for row in rows])
+    in_use = [row[0] for row in found if "in use" in row[0]]
+    assert in_use == ["0.44, in use"]
+    thresholds = [float(row[0].removesuffix(", in use")) for row in found]
+    assert thresholds == sorted(set(thresholds))
+    shares = []
+    for threshold, row in zip(thresholds, found, strict=True):
+        kept = score >= np.float32(threshold)
+        assert row[1:4] == [
+            *(f"{100 * kept[source == each].mean():.1f} %" for each in ("web", "synthetic")),
+            str(kept.sum()),
+        ]
+        dropped = ~kept
+        precision, recall = (dropped & noise).sum() / dropped.sum(), (dropped & noise).sum() / noise.sum()
+        assert row[4:] == [f"{100 * precision:.1f} %", f"{100 * recall:.1f} %"]
+        shares.append(kept.mean())
+    wanted = [0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05]
+    assert [min(abs(np.array(shares) - each)) < 0.01 for each in wanted] == [True] * len(wanted)
+    assert len(set(shares)) == len(found) <= len(wanted) + 1
+
+
+def alone(folder: Path, itm: np.ndarray, source: str = "web") -> Path:
+    """A pass over one shard of pictures with a text each, of these scores."""
+    rows: dict[str, list] = {column: [None] * len(itm) for column in records.schema(("itm",)).names}
+    rows |= {"record": list(range(len(itm))), "key": ["k"] * len(itm), "source": [source] * len(itm)}
+    rows |= {"text": ["a dog"] * len(itm), "itm": itm.tolist()}
+    path = record_file(folder, "a.tar")
+    about = {"pictures": len(itm), "seconds": 0.0, "broken": []}
+    records.write(path, rows, ("itm",), about, path.with_suffix(".partial"))
+    return folder
+
+
+def test_scores_that_crowd_near_one_are_told_apart(tmp_path: Path) -> None:
+    itm = 1 / (1 + np.exp(-np.random.default_rng(0).normal(7, 1, 4000)))
+    folder = alone(tmp_path / "crowded", itm.astype(np.float32))
+    write_report(tmp_path / "page.html", View(folder))
+    head, rows = other_thresholds(tmp_path / "page.html")
+    assert head == ["Threshold", "Web kept", "Synthetic kept", "Texts kept"]
+    assert rows[0] == ["0.5, in use", "100.0 %", "n/a", "4,000"]
+    assert len(rows) == 12
+    for row, wanted in zip(rows[1:], (95, 90, 80, 70, 60, 50, 40, 30, 20, 10, 5), strict=True):
+        kept = (itm.astype(np.float32) >= np.float32(row[0])).sum()
+        assert int(row[3].replace(",", "")) == kept == pytest.approx(40 * wanted, abs=20)
+        assert row[2] == "n/a"
+        assert len(row[0]) < 10, "no more digits than are needed"
+
+
+def test_thresholds_beyond_every_score_and_texts_of_one_score_have_no_equal_rows(tmp_path: Path) -> None:
+    folder = alone(tmp_path / "equal", np.full(50, 0.25, np.float32))
+    write_report(tmp_path / "page.html", View(folder, threshold=1.5))
+    rows = other_thresholds(tmp_path / "page.html")[1]
+    assert [row[1:] for row in rows] == [["100.0 %", "n/a", "50"], ["0.0 %", "n/a", "0"]]
+    assert float(rows[0][0]) <= 0.25
+    assert rows[1][0] == "1.5, in use"
+
+
 def test_several_scores_are_named_in_one_go_or_one_by_one(passed: tuple, tmp_path: Path) -> None:
     rule = ["--combine", "unanimous", "--threshold", "0.3", "--out", str(tmp_path / "page.html")]
     kept = []
