@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,7 @@ def _add_view(command: argparse.ArgumentParser) -> None:
         "--combine", choices=("mean", "unanimous"), default="mean", help="of several scores (default: mean)"
     )
     command.add_argument(
-        "--sources",
-        nargs="+",
-        default=["web", "synthetic"],
-        metavar="SOURCE",
-        help="web, synthetic, human (default: the first two)",
+        "--sources", nargs="+", metavar="SOURCE", help="web, synthetic, human (default: the first two)"
     )
 
 
@@ -57,8 +54,15 @@ def _add_rule(command: argparse.ArgumentParser) -> None:
 def _view(options: argparse.Namespace, **rule: Any) -> Any:
     from blip.datamodules.views import View
 
-    scores = options.score or ["itm"]
-    return View(options.records, scores=scores, combine=options.combine, sources=options.sources, **rule)
+    if options.sources:
+        rule["sources"] = options.sources
+    return View(options.records, scores=options.score or ["itm"], combine=options.combine, **rule)
+
+
+def _score(view: Any) -> str:
+    """What a view goes by, in words."""
+    scores = " and ".join(view.scores)
+    return scores if len(view.scores) == 1 else f"{view.combine} of {scores}"
 
 
 def materialize_view(options: argparse.Namespace) -> int:
@@ -99,7 +103,42 @@ def report_view(options: argparse.Namespace) -> int:
     view = _view(options, threshold=options.threshold, share=options.share)
     found = write_report(options.out, view, options.shards, options.title, seed=options.seed)
     print(f"{options.out}: {found['all/kept']} of {found['all/texts']} texts of {found['pictures']} pictures are kept")
+    if said := _without_effect(view, found, asked=bool(options.sources)):
+        print(f"blip: warning: {view.folders[0]}: {said}", file=sys.stderr)
     return 0
+
+
+def _without_effect(view: Any, found: Mapping[str, Any], asked: bool) -> str:
+    """Why a rule finds, keeps or drops nothing, with what is there; nothing where it does. asked: whether its sources were named."""
+    from blip.datamodules.views import SOURCES
+
+    there = {source: found[f"{source}/texts"] for source in SOURCES if found.get(f"{source}/texts")}
+    missing = [source for source in view.sources if source not in there]
+    if missing and (asked or not set(view.sources) & set(there)):
+        texts = " and ".join(f"{count} {source}" for source, count in there.items()) or "none"
+        return f"no texts of {' and '.join(missing)} there; the records hold {texts}"
+    if view.share is not None:
+        texts = sum(there.get(source, 0) for source in view.sources)
+        return "" if found["all/kept"] else f"a share of {view.share:g} keeps no text: there are {texts}"
+    if found["all/kept"] and found.get("all/dropped/below_the_threshold"):
+        return ""
+    ends = _ends(view)
+    if not ends:
+        return f"no text has the score {_score(view)}"
+    which, end, value = ("drops", "lowest", ends[0]) if found["all/kept"] else ("keeps", "highest", ends[1])
+    return f"a threshold of {view.threshold:g} {which} no text: the {end} {_score(view)} is {value}"
+
+
+def _ends(view: Any) -> list[Any]:
+    """The least and the greatest score of the texts that a view asks about, float32; nothing where none has one."""
+    from blip.capfilt.calibrate import scored_texts, shards_of
+
+    found = []
+    for name in shards_of(view):
+        _, score, rows = scored_texts(view, name)
+        if len(rows):
+            found += [score[rows].min(), score[rows].max()]
+    return [min(found), max(found)] if found else []
 
 
 def add_calibrate(commands: Any) -> None:
@@ -146,9 +185,8 @@ def calibrate_filter(options: argparse.Namespace) -> int:
     else:
         cases = known(view, _index(view.folders[0], options.shards))
     found = calibrate(cases, options.precision, options.recall, options.threshold)
-    score = " and ".join(view.scores) if len(view.scores) == 1 else f"{view.combine} of {' and '.join(view.scores)}"
-    draw(cases, options.out, score, found)
-    print(json.dumps({"score": score, **found, "curve": str(options.out)}, indent=1))
+    draw(cases, options.out, _score(view), found)
+    print(json.dumps({"score": _score(view), **found, "curve": str(options.out)}, indent=1))
     return 0
 
 

@@ -16,6 +16,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 from blip.capfilt import records
 from blip.datamodules.index import Index
 from blip.datamodules.shapes_truth import TRUE
-from blip.datamodules.views import View, combined_scores, read_records, record_file
+from blip.datamodules.views import View, combined_scores, decide, read_records, record_file
 from blip.files import whole
 from blip.metrics.rates import Rate, auc, f1, share
 
@@ -112,8 +113,7 @@ def known(view: View, index: Index) -> Cases:
     from blip.capfilt.tally import Truths
 
     truths, parts = Truths(index), []
-    for number, path in enumerate(records.files(view.folders[0])):
-        name = path.relative_to(view.folders[0] / "records").as_posix().removesuffix(".parquet")
+    for number, name in enumerate(shards_of(view)):
         table = read_records(view, name)
         found = truths.of(name, table) or [None] * len(table)
         told = [None if each is None else each.kind == TRUE for each in found]
@@ -124,6 +124,19 @@ def known(view: View, index: Index) -> Cases:
             f"{view.folders[0]}: its shards are none of the embedded world, whose truth is recorded; give labels"
         )
     return cases
+
+
+def shards_of(view: View) -> list[str]:
+    """The shards that a view has records of."""
+    folder = view.folders[0] / "records"
+    return [path.relative_to(folder).as_posix().removesuffix(".parquet") for path in records.files(view.folders[0])]
+
+
+def scored_texts(view: View, shard: str, columns: Iterable[str] = ()) -> tuple[Any, np.ndarray, np.ndarray]:
+    """(records of a shard [R], their scores [R] float32, the rows that some threshold keeps [N]): they say something and have a score."""
+    table = read_records(view, shard, columns)
+    lowest = replace(view, threshold=float(np.finfo(np.float32).min), share=None)
+    return table, combined_scores(table, view), np.flatnonzero(decide(table, lowest))
 
 
 def _cases(view: View, table: Any, shard: int, labels: Sequence[bool | None]) -> Cases:

@@ -414,6 +414,34 @@ def test_several_scores_are_named_in_one_go_or_one_by_one(passed: tuple, tmp_pat
     assert kept[0] == kept[1] == sum(row["itc"] >= 0.3 for row in passed[1]) < kept[2]
 
 
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (["--sources", "human"], "no texts of human there; the records hold 120 web and 120 synthetic"),
+        (["--sources", "web", "human"], "no texts of human there; the records hold 120 web and 120 synthetic"),
+        (["--threshold", "1.5"], "a threshold of 1.5 keeps no text: the highest itm is {itm_highest}"),
+        (["--threshold", "-1"], "a threshold of -1 drops no text: the lowest itm is {itm_lowest}"),
+        (
+            ["--score", "itm", "itc", "--threshold", "1.5"],
+            "a threshold of 1.5 keeps no text: the highest mean of itm and itc is {mean_highest}",
+        ),
+        (["--share", "0.001"], "a share of 0.001 keeps no text: there are 240"),
+        (["--threshold", "0.5"], ""),
+        ([], ""),
+        (["--share", "1"], ""),
+    ],
+)
+def test_a_rule_that_finds_drops_or_keeps_nothing_warns_in_one_line(
+    passed: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, rule: list[str], said: str
+) -> None:
+    folder, rows = passed
+    both = np.array([[row["itm"], row["itc"]] for row in rows], np.float32)
+    ends = {"itm_highest": both[:, 0].max(), "itm_lowest": both[:, 0].min(), "mean_highest": both.mean(1).max()}
+    assert main(["report", str(folder), *rule, "--out", str(tmp_path / "page.html")]) == 0
+    expected = said.format(**ends)
+    assert capsys.readouterr().err == (f"blip: warning: {folder}: {expected}\n" if said else "")
+
+
 def test_errors_name_what_is_wrong(passed: tuple, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no records there"):
         write_report(tmp_path / "report.html", View(tmp_path))
