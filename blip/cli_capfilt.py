@@ -151,9 +151,13 @@ def add_calibrate(commands: Any) -> None:
         "--labels",
         type=Path,
         metavar="FILE",
-        help="CSV or JSON lines: shard, key, label (1 fits, 0 does not), number, captioner",
+        help="CSV or JSON lines: shard, key, label (1 fits, 0 does not, empty: not judged yet), number, captioner",
     )
     truth.add_argument("--truth", action="store_true", help="of the embedded world, whose truth is recorded")
+    truth.add_argument(
+        "--sample", type=int, metavar="N", help="write N texts to label from all regions of the score, for --labels"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     command.add_argument(
         "--shards", nargs="+", help="where the truth is read (default: where the pass read its pictures)"
     )
@@ -165,7 +169,9 @@ def add_calibrate(commands: Any) -> None:
         command.add_argument(
             f"--{name}", type=float, action="append", default=[], help=f"{meaning}; also several times"
         )
-    command.add_argument("--out", type=Path, default=Path("calibration.png"), help="the PNG (default: %(default)s)")
+    command.add_argument(
+        "--out", type=Path, help="the PNG (default: calibration.png), of a sample the CSV file (default: labels.csv)"
+    )
     command.set_defaults(run=calibrate_filter)
 
 
@@ -173,20 +179,27 @@ def calibrate_filter(options: argparse.Namespace) -> int:
     """Finds a threshold for stored scores from labelled texts: prints AUC and thresholds as JSON, draws precision and recall over them.
 
     Kept is what scores at least a threshold; precision is the share of the kept texts that fit their picture, recall the share of the
-    fitting texts that are kept.
+    fitting texts that are kept. With --sample it writes texts to label instead: fill in the column `label`, then give the file as
+    --labels.
     """
     import json
 
-    from blip.capfilt.calibrate import calibrate, draw, known, labelled, read_labels
+    from blip.capfilt.calibrate import calibrate, draw, known, labelled, read_labels, write_sample
 
     view = _view(options)
+    if options.sample is not None:
+        out = options.out or Path("labels.csv")
+        count = write_sample(view, options.sample, out, options.seed)
+        print(f"{out}: {count} texts to label: 1 fits, 0 does not; then --labels {out}")
+        return 0
+    out = options.out or Path("calibration.png")
     if options.labels is not None:
         cases = labelled(view, read_labels(options.labels))
     else:
         cases = known(view, _index(view.folders[0], options.shards))
     found = calibrate(cases, options.precision, options.recall, options.threshold)
-    draw(cases, options.out, _score(view), found)
-    print(json.dumps({"score": _score(view), **found, "curve": str(options.out)}, indent=1))
+    draw(cases, out, _score(view), found)
+    print(json.dumps({"score": _score(view), **found, "curve": str(out)}, indent=1))
     return 0
 
 

@@ -1,5 +1,6 @@
 """A threshold for a filter from texts that somebody labelled: what each threshold keeps, how well the score tells, a picture of both.
 
+    sample(view, count, seed) -> rows       texts to label, from all regions of the score; `write_sample` makes a file of them
     labelled(view, labels) -> Cases         the labels of a file, put to the rows of the records
     known(view, index) -> Cases             the same of the embedded world, where truth is recorded
     calibrate(cases, ...) -> {name: value}  AUC, the threshold of the best F1, those for a wanted precision or recall
@@ -13,6 +14,7 @@ for these labels is a little too good for others: hold other labels against it w
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,24 +28,30 @@ from blip.capfilt import records
 from blip.datamodules.index import Index
 from blip.datamodules.shapes_truth import TRUE
 from blip.datamodules.views import View, combined_scores, decide, read_records, record_file
-from blip.files import whole
+from blip.files import whole, write_text
 from blip.metrics.rates import Rate, auc, f1, share
 
 COLUMNS = ("shard", "key", "label")
+TO_LABEL = ("shard", "key", "captioner", "number", "source", "score", "text", "label")
+SHOWN = 1000  # characters of a text to label
 WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 BLUE, RED = "#1b6ca8", "#c8553d"
 
-# (key, captioner or nothing, number of the text) -> whether it fits, for each shard
-Labels = Mapping[str, Mapping[tuple[str, str, int], bool]]
+# (key, captioner or nothing, number of the text) -> whether it fits, None where nobody has said so yet; for each shard
+Labels = Mapping[str, Mapping[tuple[str, str, int], bool | None]]
 
 
 class Cases(NamedTuple):
-    """Labelled texts: score [N] float32, fits [N] bool, picture [N] int64 (which one a text is of), and labels that met no text."""
+    """Labelled texts: score [N] float32, fits [N] bool, picture [N] int64 (which one a text is of).
+
+    unmatched: labels that met no text; unlabelled: texts whose label is still empty.
+    """
 
     score: np.ndarray
     fits: np.ndarray
     picture: np.ndarray
     unmatched: int = 0
+    unlabelled: int = 0
 
 
 class Curve(NamedTuple):
@@ -57,32 +65,42 @@ class Curve(NamedTuple):
 def read_labels(path: Path) -> Labels:
     """Labels out of a CSV file (.csv) or JSON lines: shard, key, label, and number (default 0) and captioner of a synthetic text.
 
-    Columns are those of the records, others are passed over: a query over the records with one column more is such a file.
-    ValueError with the line where one cannot be read or says something else of a text than a line before.
+    Columns are those of the records, others are passed over: a query over the records with one column more is such a file, or what
+    `write_sample` writes. A label may still be empty. ValueError with the line where one cannot be read or says something else of a
+    text than a line before, or where no label is given at all.
     """
-    found: dict[str, dict[tuple[str, str, int], bool]] = {}
+    found: dict[str, dict[tuple[str, str, int], bool | None]] = {}
     done = 0
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows: Iterable[Any] = csv.DictReader(file) if path.suffix.lower() == ".csv" else map(json.loads, file)
         try:
             for row in rows:
                 shard, text, label = _label(row)
-                if found.setdefault(shard, {}).setdefault(text, label) != label:
+                before = found.setdefault(shard, {}).get(text)
+                if None not in (before, label) and before != label:
                     raise ValueError(f"the text {text} of {shard} is labelled otherwise before")
+                found[shard][text] = before if label is None else label
                 done += 1
         except (ValueError, AttributeError, TypeError, csv.Error) as error:
             raise ValueError(f"{path}: row {done + 1}: {error}") from error
-    if not found:
-        raise ValueError(f"{path}: no labels there")
+    empty = _unlabelled(found)
+    if empty == sum(map(len, found.values())):
+        raise ValueError(f"{path}: no labels there{f': {empty} texts, whose label is empty' if empty else ''}")
     return found
 
 
-def _label(row: Mapping[str, Any]) -> tuple[str, tuple[str, str, int], bool]:
+def _unlabelled(labels: Labels) -> int:
+    return sum(label is None for of_shard in labels.values() for label in of_shard.values())
+
+
+def _label(row: Mapping[str, Any]) -> tuple[str, tuple[str, str, int], bool | None]:
     """(shard, text, whether it fits) of a row."""
-    if missing := [name for name in COLUMNS if row.get(name) in (None, "")]:
-        raise ValueError(f"no {', '.join(missing)}")
-    label = WORDS.get(str(row["label"]).strip().lower())
-    if label is None:
+    if missing := [name for name in COLUMNS if row.get(name) is None or (name != "label" and row[name] == "")]:
+        needed = f"needed are the columns {', '.join(COLUMNS)}, and number and captioner of texts that have them"
+        raise ValueError(f"no {', '.join(missing)}; {needed}")
+    said = str(row["label"]).strip().lower()
+    label = WORDS.get(said)
+    if said and label is None:
         raise ValueError(f"label {row['label']!r} is none of {', '.join(WORDS)}")
     return str(row["shard"]), (str(row["key"]), str(row.get("captioner") or ""), int(row.get("number") or 0)), label
 
@@ -105,7 +123,8 @@ def labelled(view: View, labels: Labels) -> Cases:
         raise ValueError(
             f"{view.folders[0]}: no label names a text of the records (by shard, key, captioner and number)"
         )
-    return _joined(parts)._replace(unmatched=sum(map(len, labels.values())) - met)
+    empty = _unlabelled(labels)
+    return _joined(parts)._replace(unmatched=sum(map(len, labels.values())) - empty - met, unlabelled=empty)
 
 
 def known(view: View, index: Index) -> Cases:
@@ -155,6 +174,60 @@ def _joined(parts: Sequence[Cases]) -> Cases:
     return Cases(score, fits, picture)
 
 
+# Texts to label
+
+
+def sample(view: View, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """So many texts of a view's sources, shuffled, one at random of each of `count` parts of equal size by rank of the score.
+
+    So every region of the score is judged alike. All texts where they are fewer. Rows have the columns of TO_LABEL, a text is cut
+    after SHOWN characters. Memory holds the scores and their order, 16 bytes a text, and the records of one shard.
+    ValueError where no text has a score.
+    """
+    if count < 1:
+        raise ValueError(f"a sample of {count} texts: at least one")
+    shards, rng = shards_of(view), np.random.default_rng(seed)
+    scores = [score[rows] for _, score, rows in (scored_texts(view, shard) for shard in shards)]
+    starts = np.cumsum([0, *map(len, scores)])
+    order = np.argsort(np.concatenate(scores), kind="stable") if scores else np.zeros(0, np.int64)
+    if not len(order):
+        raise ValueError(f"{view.folders[0]}: no text of {' or '.join(view.sources)} with a score there")
+    edges = np.arange(count + 1) * len(order) // count if count < len(order) else np.arange(len(order) + 1)
+    places = np.sort(order[rng.integers(edges[:-1], edges[1:])])  # among all texts, shard after shard
+    found: list[dict[str, Any]] = []
+    for shard, first, end in zip(shards, starts[:-1], starts[1:], strict=True):
+        wanted = places[(first <= places) & (places < end)] - first
+        if len(wanted):
+            table, score, rows = scored_texts(view, shard, ("key", "captioner", "number"))
+            found += [_to_label(shard, row, score[place]) for place, row in _rows(table, rows[wanted])]
+    return [found[place] for place in rng.permutation(len(found))]
+
+
+def _rows(table: Any, places: np.ndarray) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    return zip(places.tolist(), table.take(places).to_pylist(), strict=True)
+
+
+def _to_label(shard: str, row: Mapping[str, Any], score: np.float32) -> dict[str, Any]:
+    text = row["text"] if len(row["text"]) <= SHOWN else f"{row['text'][:SHOWN]}…"
+    text = f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text  # else a spreadsheet computes it
+    told = {"shard": shard, "key": row["key"], "captioner": row["captioner"] or "", "number": row["number"]}
+    return told | {"source": row["source"], "score": str(score), "text": text, "label": ""}
+
+
+def write_sample(view: View, count: int, path: Path, seed: int = 0) -> int:
+    """Writes a `sample` as CSV, whole or not at all; returns how many texts. ValueError where the file is there: it may hold labels."""
+    if path.suffix.lower() != ".csv":
+        raise ValueError(f"{path}: texts to label are a .csv file")
+    if path.exists():
+        raise ValueError(f"{path} is there already and may hold labels; name another file")
+    rows, out = sample(view, count, seed), io.StringIO(newline="")
+    writer = csv.DictWriter(out, TO_LABEL, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, out.getvalue())
+    return len(rows)
+
+
 # Thresholds
 
 
@@ -201,6 +274,7 @@ def calibrate(
         "fitting": positive,
         "pictures": len(np.unique(cases.picture)),
         "unmatched": cases.unmatched,
+        "unlabelled": cases.unlabelled,
         "auc": _told(auc(cases.score, cases.fits, cases.picture)),
         **points,
     }

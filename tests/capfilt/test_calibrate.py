@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tarfile
 from pathlib import Path
@@ -10,7 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from blip.capfilt.calibrate import Cases, calibrate, curve, draw, known, labelled, read_labels
+from blip.capfilt.calibrate import Cases, calibrate, curve, draw, known, labelled, read_labels, sample, write_sample
+from blip.cli import main
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.shapes import write_world
 from blip.datamodules.views import View, decide, read_records
@@ -118,7 +120,11 @@ def test_labels_meet_the_texts_that_they_name(records, tmp_path, kind):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"shard": "a", "key": "b"}', "row 2: no label"),
+        ('{"shard": "a", "key": "b"}', "row 2: no label; needed are the columns shard, key, label"),
+        (
+            '{"key": "b", "label": 1}',
+            "row 2: no shard; needed are the columns shard, key, label, and number and captioner",
+        ),
         ('{"shard": "a", "key": "b", "label": "perhaps"}', "row 2: label 'perhaps' is none of"),
         ('{"shard": "00000.tar", "key": "00000", "label": 1}', "row 2: the text .* is labelled otherwise before"),
         ('{"shard": "a"', "row 2: "),
@@ -135,6 +141,106 @@ def test_a_table_of_labels_that_is_none_is_named_by_row(tmp_path):
     (tmp_path / "labels.csv").write_text(f"shard,key,label\n0.tar,{'0' * 200_000},1\n")
     with pytest.raises(ValueError, match=r"labels\.csv: row 1: field larger than"):
         read_labels(tmp_path / "labels.csv")
+
+
+def test_texts_that_are_not_judged_yet_are_passed_over_and_counted(records, tmp_path):
+    path = tmp_path / "labels.csv"
+    head, blank = "shard,key,number,label", ["00000.tar,00001,0,", "00000.tar,00002,0,  ", "00001.tar,00007,1,"]
+    path.write_text(
+        "\n".join([head, "00000.tar,00000,0,1", *blank, "00001.tar,00008,0,0", "00000.tar,00000,0,"]) + "\n"
+    )
+    found = labelled(View(records), read_labels(path))
+    assert (found.fits.tolist(), found.unmatched, found.unlabelled) == ([True, False], 0, 3)
+    assert calibrate(found)["unlabelled"] == 3
+    path.write_text("\n".join([head, *blank]) + "\n")
+    with pytest.raises(ValueError, match="no labels there: 3 texts, whose label is empty"):
+        read_labels(path)
+    path.write_text(head + "\n")
+    with pytest.raises(ValueError, match="no labels there"):
+        read_labels(path)
+
+
+@pytest.fixture
+def crowded(tmp_path) -> Path:
+    """A pass over 60 pictures, of whose 180 texts most score near 1; what the captioner wrote is hostile."""
+    index = open_index(write_shards(tmp_path / "many", [25, 20, 15], texts=2))
+
+    def score(n: int, source: str, number: int) -> dict[str, float]:
+        return {"itm": float("nan") if n == 7 else 1 - (n / 60) ** 4 / 2 - 0.001 * number - 0.0005 * (source == "web")}
+
+    def written(n: int) -> list[str]:
+        return [" .!"] if n == 8 else [f'=1+1, "{n}"\r\n\x00;\u202e' + "x" * 200_000 * (n == 9)]
+
+    return write_pass(tmp_path / "crowded", index, score, written=written)
+
+
+def test_texts_to_label_are_drawn_evenly_over_the_ranks_of_the_score(crowded):
+    view = View(crowded)
+    every = sample(view, 1000)
+    assert len(every) == 180 - 4, "neither texts without a score nor such as say nothing"
+    ranked = sorted(row["score"] for row in every)
+    drawn = [sample(view, 16, seed) for seed in range(3)]
+    for rows in drawn:
+        ranks = sorted(np.searchsorted(ranked, row["score"]) for row in rows)
+        assert [int(rank) // 11 for rank in ranks] == list(range(16)), "one of each sixteenth"
+        assert ranks != [np.searchsorted(ranked, row["score"]) for row in rows], "shuffled"
+        assert len({(row["shard"], row["key"], row["captioner"], row["number"]) for row in rows}) == 16
+    assert drawn[0] != drawn[1]
+    assert drawn[0] == sample(view, 16, 0)
+    assert {row["source"] for row in sample(View(crowded, sources="web"), 16)} == {"web"}
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="at least one"):
+            sample(view, count)
+    with pytest.raises(ValueError, match="no text of human with a score"):
+        sample(View(crowded, sources="human"), 16)
+
+
+def test_texts_to_label_are_read_back_as_they_were_written_once_they_are_labelled(crowded, tmp_path):
+    out = tmp_path / "deep" / "labels.csv"
+    assert write_sample(View(crowded), 1000, out) == 176
+    assert [path.name for path in out.parent.iterdir()] == ["labels.csv"]
+    with pytest.raises(ValueError, match="no labels there: 176 texts"):
+        read_labels(out)
+    with open(out, newline="", encoding="utf-8") as file:
+        told = list(csv.DictReader(file))
+    assert list(told[0]) == ["shard", "key", "captioner", "number", "source", "score", "text", "label"]
+    assert len(told) == 176
+    for row in told:
+        n = int(row["key"])
+        if row["source"] == "synthetic":
+            assert row["text"].startswith(f'\'=1+1, "{n}"'), "a sheet shows it and computes nothing"
+            assert len(row["text"]) < 2000
+            row["label"] = "1" if n % 2 else "0"
+    with open(out, "w", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, list(told[0])).writeheader()
+        csv.DictWriter(file, list(told[0])).writerows(told)
+    found = labelled(View(crowded), read_labels(out))
+    assert (len(found.fits), found.unmatched, found.unlabelled) == (58, 0, 118)
+    with pytest.raises(ValueError, match="is there already"):
+        write_sample(View(crowded), 1000, out)
+
+
+def test_the_command_draws_texts_to_label_and_finds_the_threshold_once_they_are(crowded, tmp_path, capsys):
+    out = tmp_path / "labels.csv"
+    command = ["calibrate", str(crowded), "--score", "itm", "--sample", "40", "--out", str(out), "--seed", "3"]
+    assert main(command) == 0
+    assert str(out) in capsys.readouterr().out
+    lines = list(csv.DictReader(out.open(newline="", encoding="utf-8")))
+    assert [row["key"] for row in lines] == [row["key"] for row in sample(View(crowded), 40, 3)]
+    assert main(command) == 1
+    assert "is there already" in capsys.readouterr().err
+    for row in lines[:30]:
+        row["label"] = "yes" if float(row["score"]) > 0.97 else "no"
+    with out.open("w", newline="", encoding="utf-8") as file:
+        csv.DictWriter(file, list(lines[0])).writeheader()
+        csv.DictWriter(file, list(lines[0])).writerows(lines)
+    assert main(["calibrate", str(crowded), "--labels", str(out), "--out", str(tmp_path / "curve.png")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["texts"], told["unlabelled"], told["best_f1"]["f1"]["value"]) == (30, 10, 1.0)
+    assert main(["calibrate", str(crowded), "--sample", "5", "--out", str(tmp_path / "labels.txt")]) == 1
+    assert "a .csv file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(crowded), "--sample", "5", "--labels", str(out)])
 
 
 def test_labels_of_other_texts_are_refused(records):
