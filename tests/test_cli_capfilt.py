@@ -63,7 +63,7 @@ def test_materialize_says_what_a_view_keeps(capsys, records, tmp_path, options, 
 def test_a_mistake_of_materialize_is_one_line(capsys, records, tmp_path):
     shards = tmp_path / "data" / "*.tar"
     for options, said in (
-        (["--records", records, "--threshold", 0.5, "--share", 0.5], "a threshold or a share"),
+        (["--records", records, "--threshold", 0.5, "--share", 0.5], "one of them, not both"),
         (["--records", tmp_path], "no records there"),
         (["--records", records, "--score", "cosine"], "no score ['cosine']"),
     ):

@@ -46,8 +46,8 @@ def description(folder: Path) -> dict[str, Any]:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not the description of a pass ({error})") from None
-    if not isinstance(told, dict) or not TOLD.issubset(told):
-        raise ValueError(f"{path}: not the description of a pass; it says nothing of {', '.join(sorted(TOLD))}")
+    if missing := TOLD.difference(told if isinstance(told, dict) else ()):
+        raise ValueError(f"{path}: not the description of a pass; it says nothing of {', '.join(sorted(missing))}")
     return told
 
 

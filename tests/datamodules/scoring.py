@@ -53,5 +53,6 @@ def write_pass(
             path = record_file(folder, index.name(shard))
             records.write(path, table, columns, about, folder / "partial")
     locations = [index.location(shard) for shard in range(len(index.names))]
-    (folder / "description.json").write_text(json.dumps({"input": index.fingerprint, "shards": locations}))
+    described = {"hash": "", "input": index.fingerprint, "captioners": {}, "shards": locations}
+    (folder / "description.json").write_text(json.dumps(described))
     return folder
