@@ -131,10 +131,11 @@ def _without_effect(view: Any, found: Mapping[str, Any], asked: bool) -> str:
 
 def _ends(view: Any) -> list[Any]:
     """The least and the greatest score of the texts that a view asks about, float32; nothing where none has one."""
-    from blip.capfilt.calibrate import scored_texts, shards_of
+    from blip.capfilt import records
+    from blip.capfilt.calibrate import scored_texts
 
     found = []
-    for name in shards_of(view):
+    for name in records.names(view.folders[0]):
         _, score, rows = scored_texts(view, name)
         if len(rows):
             found += [score[rows].min(), score[rows].max()]

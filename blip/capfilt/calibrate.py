@@ -132,7 +132,7 @@ def known(view: View, index: Index) -> Cases:
     from blip.capfilt.tally import Truths
 
     truths, parts = Truths(index), []
-    for number, name in enumerate(shards_of(view)):
+    for number, name in enumerate(records.names(view.folders[0])):
         table = read_records(view, name)
         found = truths.of(name, table) or [None] * len(table)
         told = [None if each is None else each.kind == TRUE for each in found]
@@ -143,12 +143,6 @@ def known(view: View, index: Index) -> Cases:
             f"{view.folders[0]}: its shards are none of the embedded world, whose truth is recorded; give labels"
         )
     return cases
-
-
-def shards_of(view: View) -> list[str]:
-    """The shards that a view has records of."""
-    folder = view.folders[0] / "records"
-    return [path.relative_to(folder).as_posix().removesuffix(".parquet") for path in records.files(view.folders[0])]
 
 
 def scored_texts(view: View, shard: str, columns: Iterable[str] = ()) -> tuple[Any, np.ndarray, np.ndarray]:
@@ -186,7 +180,7 @@ def sample(view: View, count: int, seed: int = 0) -> list[dict[str, Any]]:
     """
     if count < 1:
         raise ValueError(f"a sample of {count} texts: at least one")
-    shards, rng = shards_of(view), np.random.default_rng(seed)
+    shards, rng = records.names(view.folders[0]), np.random.default_rng(seed)
     scores = [score[rows] for _, score, rows in (scored_texts(view, shard) for shard in shards)]
     starts = np.cumsum([0, *map(len, scores)])
     order = np.argsort(np.concatenate(scores), kind="stable") if scores else np.zeros(0, np.int64)

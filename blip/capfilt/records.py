@@ -92,6 +92,11 @@ def files(folder: Path) -> list[Path]:
     return sorted((folder / "records").rglob("*.parquet"))
 
 
+def names(folder: Path) -> list[str]:
+    """The shards that have records in a folder, in the order of `files`."""
+    return [path.relative_to(folder / "records").as_posix().removesuffix(".parquet") for path in files(folder)]
+
+
 def read(paths: Iterable[Path], columns: Sequence[str] | None = None) -> pa.Table:
     """The records of these files one after the other, without their metadata."""
     return pa.concat_tables([_table(path, columns).replace_schema_metadata() for path in paths])

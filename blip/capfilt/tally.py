@@ -118,7 +118,7 @@ def tally(view: View, index: Index | None, seed: int) -> Tally:
     paths = records.files(folder)
     if not paths:
         raise ValueError(f"{folder}: no records there; give the folder of a filter pass (stage=filter)")
-    names = [path.relative_to(folder / "records").as_posix().removesuffix(".parquet") for path in paths]
+    names = records.names(folder)
     ranges, rows = _ranges(view, names)
     kept = kept_rows(view, names, {"key", "captioner", *ranges})
     decides = view.scores[0] if view.scores else ""
