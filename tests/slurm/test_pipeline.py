@@ -20,10 +20,14 @@ WAITING = "stage.captioners.captioner._target_=tests.slurm.slow.Captioner"
 
 
 def time_is_up(cluster: Cluster, job: str) -> None:
-    """Slurm finds (it looks every 30 s) that a job has to be warned of the end of its time; started again it has more."""
-    before = cluster.job(job)["Restarts"]
-    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    until(lambda: cluster.job(job)["Restarts"] != before)
+    """Slurm finds (it looks every 30 s) that a job has to be warned of the end of its time; started again it has more.
+
+    Its limit is more than a minute off, so that it may answer slowly, and less than the two minutes before which it is warned.
+    """
+    about = cluster.job(job)
+    hours, minutes, _ = map(int, about["RunTime"].split(":"))
+    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
+    until(lambda: cluster.job(job)["Restarts"] != about["Restarts"])
     cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
 
 
