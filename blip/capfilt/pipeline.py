@@ -28,9 +28,8 @@ from blip.datamodules.locations import expand
 from blip.datamodules.views import View
 from blip.files import write_text
 
-TRAINED = ("pretrain", "finetune_captioner", "finetune_filter", "finetune_shared")
 PASSES = ("generate", "filter", "generate_filter")
-STAGES = (*TRAINED, *PASSES, "repretrain")
+STAGES = ("pretrain", "finetune_captioner", "finetune_filter", "finetune_shared", *PASSES, "repretrain")
 # Of what a command line says: what is the driver's own, and what is also for passes over shards, which train nothing.
 FOR_DRIVER = ("pipeline", "name=", "hydra.", "hydra/", "stage", "resume")
 FOR_PASSES = ("seed=", "paths.")

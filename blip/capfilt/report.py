@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from blip import files
 from blip.capfilt import records
 from blip.capfilt.examples import pictures
 from blip.capfilt.manifest import complete, description
@@ -27,7 +28,6 @@ from blip.capfilt.words import shifts
 from blip.datamodules.index import Index, open_index
 from blip.datamodules.shapes_truth import TRUE
 from blip.datamodules.views import SYNTHETIC, WEB, View
-from blip.files import own
 from blip.metrics.rates import Rate, Z, auc, f1, share
 
 WORDS = 20  # that each side of a shift prefers
@@ -168,4 +168,4 @@ def _finite(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    records.replace(path, text.encode("utf-8", "replace"), own(path))
+    records.replace(path, text.encode("utf-8", "replace"), files.own(path))
